@@ -1,0 +1,66 @@
+"""One pass over a data set, each batch of features saved as it comes, and reading it back.
+
+The batches go to files of their own, so the pass needs the memory of one batch however large the data set is.
+Under torch.distributed every rank passes over its own share of the data and saves into the same directory.
+
+    loader = DataLoader(dataset, batch_size=256)                  # yields (images, index)
+    compute_features(loader, encoder, "features")                 # features/batch_0_features.pt, ...
+    features = load_features("features", n=len(dataset))          # (n, D) float32, row i = sample i
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+@torch.no_grad()
+def compute_features(loader, model, directory, device="cpu"):
+    """Save `model(images)` of every batch of `loader` as `directory`/batch_{i}_features.pt.
+
+    loader: yields (images, index), index (B,) the positions in the data set; on several ranks, each has its share.
+    model: images (B, ...) on `device` -> features (B, D); it is called as it is, so put it in eval mode first.
+    Features left in `directory` by an earlier pass are removed. Each file appears whole or not at all, and holds
+    {"index": (B,) int64, "features": (B, D) float32}. Returns when all ranks are done.
+    """
+    directory = Path(directory)
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    if rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob("batch_*_features.pt*"):
+            old.unlink()
+    if distributed:
+        dist.barrier()
+    for i, (images, index) in enumerate(tqdm(loader, desc="features", leave=False, disable=None if rank == 0 else True)):
+        features = model(images.to(device, non_blocking=True)).float().cpu()
+        path = directory / f"batch_{i * world + rank}_features.pt"
+        torch.save({"index": torch.as_tensor(index), "features": features}, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    if distributed:
+        dist.barrier()
+
+
+def load_features(directory, n):
+    """The saved features of samples 0 to n - 1 in data set order: (n, D) float32 array.
+
+    Raises ValueError where samples are missing (saying how many and which), or where a saved index is not below n.
+    """
+    features, seen = None, np.zeros(n, dtype=bool)
+    for path in Path(directory).glob("batch_*_features.pt"):
+        batch = torch.load(path, weights_only=True)
+        index = batch["index"].numpy()
+        if index.size and (index.min() < 0 or index.max() >= n):
+            raise ValueError(f"{path} holds a sample outside 0 to {n - 1}: the features are of another data set")
+        if features is None:
+            features = np.empty((n, batch["features"].shape[1]), dtype=np.float32)
+        features[index] = batch["features"].numpy()
+        seen[index] = True
+    missing = np.flatnonzero(~seen)
+    if missing.size:
+        some = ", ".join(map(str, missing[:5])) + (", ..." if missing.size > 5 else "")
+        raise ValueError(f"{directory} lacks the features of {missing.size} of {n} samples: {some}")
+    return features

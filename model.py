@@ -1,0 +1,200 @@
+"""The momentum-contrast model: two encoders, their MLP heads a and ã, the cluster head b, the queue.
+
+MoCo (He et al. 2020, arXiv 1911.05722) with the MLP head of MoCo v2 (arXiv 2003.04297), as used by PCL (Li et al.
+2021, arXiv 2005.04966), and a head of its own for the clustering task.
+
+    model = MoCo(functools.partial(build_encoder, "resnet18", small_images=True), dim=128, r=4096)
+    q, k, c = model(im_q, im_k, clustering=True)      # InfoNCE takes q, k and model.queue; ProtoNCE takes c
+    model.update(k)                                   # after the optimizer's step: momentum update, then enqueue
+"""
+
+import copy
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+RESNETS = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+}
+
+
+class WidthResNet(ResNet):
+    """torchvision's ResNet with `width` channels in its first stage (64 is the published one, with the same keys).
+
+    small_images: a 3x3 first convolution of stride 1 and no max-pool, for images of about 32 pixels.
+    """
+
+    def __init__(self, block, layers, num_classes, width=64, small_images=False, norm_layer=None):
+        self.width = width
+        super().__init__(block, layers, norm_layer=norm_layer)
+        kernel, stride, padding = (3, 1, 1) if small_images else (7, 2, 3)
+        self.conv1 = nn.Conv2d(3, width, kernel, stride, padding, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = self._norm_layer(width)
+        if small_images:
+            self.maxpool = nn.Identity()
+        self.fc = nn.Linear(8 * width * block.expansion, num_classes)
+
+    def _make_layer(self, block, planes, blocks, **kwargs):
+        if planes == 64:  # the first stage follows the stem
+            self.inplanes = self.width
+        return super()._make_layer(block, planes * self.width // 64, blocks, **kwargs)
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose training statistics are those of `num_splits` groups of consecutive samples."""
+
+    def __init__(self, num_features, num_splits=1):
+        super().__init__(num_features)
+        self.num_splits = num_splits
+
+    def forward(self, x):
+        if not self.training or self.num_splits == 1:
+            return super().forward(x)
+        normalize = super().forward
+        return torch.cat([normalize(group) for group in x.chunk(self.num_splits)])
+
+
+def build_encoder(arch, num_classes=128, small_images=False, norm_layer=None):
+    """The ResNet named `arch`, as in torchvision; `resnet18_w16` has 16 channels in its first stage, not 64.
+
+    Returns a module with images (N, 3, H, W) -> (N, num_classes) and the last layer in `.fc`. Raises ValueError for an unknown name.
+    """
+    name, _, width = arch.partition("_w")
+    if name not in RESNETS or not (width.isdecimal() and int(width) > 0 or arch == name):
+        raise ValueError(f"unknown arch {arch}; known are {', '.join(RESNETS)}, and with another width resnet18_w16")
+    return WidthResNet(*RESNETS[name], num_classes, int(width or 64), small_images, norm_layer)
+
+
+def backbone(encoder):
+    """`encoder` without its `.fc`: images (N, 3, H, W) -> features (N, D) of the average pooling; shares the weights."""
+    return nn.Sequential(*(module for name, module in encoder.named_children() if name != "fc"), nn.Flatten(1))
+
+
+class MoCo(nn.Module):
+    """Query encoder, key encoder (the query encoder's moving average), queue of keys, cluster head.
+
+    base_encoder: callable (num_classes=, norm_layer=) -> module with its last layer in `.fc`.
+    dim: D, feature dimension. r: R, queue length. m: momentum of the key encoder.
+    mlp: a hidden layer before the last one: heads a and ã.
+    cluster_head: "none", PCL as published; "report", one Linear and ReLU on the momentum key, for every use of the
+        key; "twin", a head of two layers on both branches, for the prototypes alone.
+    bn_splits: groups with batch-norm statistics of their own in this process' batch; the keys are dealt out anew
+        over the groups of all processes, so that a key's statistics do not tell which query it belongs to.
+    `queue`: (D, R) unit columns.
+    """
+
+    def __init__(self, base_encoder, dim=128, r=16384, m=0.999, mlp=True, cluster_head="none", bn_splits=1):
+        super().__init__()
+        self.cluster_head, self.bn_splits = cluster_head, bn_splits
+        self.momentum_update = get_ema_multi_avg_fn(m)
+        norm_layer = nn.BatchNorm2d if bn_splits == 1 else lambda width: SplitBatchNorm2d(width, bn_splits)
+        self.encoder_q = base_encoder(num_classes=dim, norm_layer=norm_layer)
+        if mlp:
+            dim_mlp = self.encoder_q.fc.in_features
+            self.encoder_q.fc = nn.Sequential(nn.Linear(dim_mlp, dim_mlp), nn.ReLU(), self.encoder_q.fc)
+        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        if cluster_head == "report":
+            self.v = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
+        elif cluster_head == "twin":
+            self.b_q = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+            self.b_k = copy.deepcopy(self.b_q).requires_grad_(False)
+        elif cluster_head != "none":
+            raise ValueError(f"unknown cluster head {cluster_head}; known are none, report and twin")
+        self.register_buffer("queue", F.normalize(torch.randn(dim, r), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, im_q, im_k, clustering=False):
+        """Two views (N, 3, H, W) of N images -> q, k, c, each (N, D) float32 with unit rows.
+
+        q and k are InfoNCE's query and key, c is what ProtoNCE compares with the prototypes (q itself where there
+        is no twin head). clustering: the warm-up is over, the cluster head takes part. No gradient flows through
+        k but into the head "report". Raises ValueError where N is not a multiple of `bn_splits`.
+        """
+        if len(im_q) % self.bn_splits:
+            raise ValueError(f"a batch of {len(im_q)} does not split into {self.bn_splits} equal groups")
+        z_q = self.encoder_q(im_q)
+        with torch.no_grad():
+            im_k, own_rows = self._shuffle(im_k)
+            k = _unit(self._gather(self.encoder_k(im_k))[own_rows])
+        if clustering and self.cluster_head == "report":
+            k = _unit(self.v(k))
+        q = _unit(z_q)
+        return q, k, _unit(self.b_q(z_q)) if clustering and self.cluster_head == "twin" else q
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images (N, 3, H, W) -> (N, D) float32 unit rows, the momentum branch's features to cluster."""
+        training = self.training
+        self.eval()
+        z = self.encoder_k(images)
+        if self.cluster_head == "report":
+            z = self.v(_unit(z))
+        elif self.cluster_head == "twin":
+            z = self.b_k(z)
+        self.train(training)
+        return _unit(z)
+
+    @torch.no_grad()
+    def update(self, k):
+        """After the optimizer's step: momentum update of the key branch, then the keys (N, D) go into the queue."""
+        online, average = [*self.encoder_q.parameters()], [*self.encoder_k.parameters()]
+        if self.cluster_head == "twin":
+            online += self.b_q.parameters()
+            average += self.b_k.parameters()
+        self.momentum_update(average, online, None)
+
+        r = self.queue.shape[1]
+        keys = self._gather(k)[-r:]
+        self.queue[:, (self.queue_ptr + torch.arange(len(keys), device=k.device)) % r] = keys.T
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % r)
+
+    @torch.no_grad()
+    def _shuffle(self, images):
+        """Deal the images of all processes out over the batch-norm groups of all processes.
+
+        Each group's images go to all groups in equal shares, which is as little as a key's group can have in common
+        with its query's. Returns this process' share and the rows of this process' own images among the gathered
+        outputs.
+        """
+        n, world, rank = len(images), *_world()
+        groups = world * self.bn_splits
+        if groups == 1:
+            return images, slice(None)
+        order = torch.rand(groups, n * world // groups, device=images.device).argsort(1)
+        order = (order + torch.arange(groups, device=images.device)[:, None] * order.shape[1]).T.flatten()
+        if world > 1:
+            dist.broadcast(order, 0)
+        share = order.view(world, n)[rank]
+        return self._gather(images)[share], order.argsort().view(world, n)[rank]
+
+    @staticmethod
+    def _gather(x):
+        """The rows of all processes, in rank order; without gradient."""
+        world, _ = _world()
+        if world == 1:
+            return x.detach()
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(world)]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+
+def _world():
+    """(number of processes, this one's rank)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(), dist.get_rank()
+    return 1, 0
+
+
+def _unit(x):
+    """Rows of unit length in float32; a row of zeros stays one."""
+    return F.normalize(x.float(), dim=1)
