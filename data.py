@@ -72,14 +72,14 @@ class Datasets(NamedTuple):
     val: Images | None  # centre crops of the held-out images; None where there are none
     classes: list  # class names
     image_size: int  # side of a view, in pixels
+    augmentation: dict  # the keywords of random_view behind `train`
 
 
 class Digits(Dataset):
     """1,797 handwritten digits of 8x8 (UCI Optical Recognition, CC BY 4.0); the last 360 are held out."""
 
-    classes = [str(digit) for digit in range(10)]
-
     def __init__(self, train):
+        self.classes = [str(digit) for digit in range(10)]
         with np.load(DIGITS) as file:
             part = slice(None, -360) if train else slice(-360, None)
             self.images, self.targets = file["images"][part], file["labels"][part]
@@ -138,13 +138,13 @@ def linear_view(image_size, flip=True):
     )
 
 
-def build_datasets(data=None, image_size=None, seed=0, download_dir="datasets", blur=None, flip=None, **augmentation):
+def build_datasets(data=None, image_size=None, seed=0, download_dir="datasets", **augmentation):
     """The training, plain and held-out images of `data`.
 
     data: None or "digits", a folder, or a name in NAMES, which torchvision downloads to `download_dir`.
     image_size: side of a view in pixels; None: the images' own (median shorter side), at most 224.
-    blur, flip: None: as fits the data (no blur up to 64 pixels, no mirrored digits).
-    augmentation: further keywords of `random_view`.
+    augmentation: keywords of `random_view`; blur, flip and crop_min, where None or not given, fit the data: no blur
+        up to 64 pixels, no mirror images and only large crops of digits.
     Returns Datasets. Raises DataError, in one line, where the data is missing, empty or not what it should be.
     """
     digits = data in (None, "digits")
@@ -160,11 +160,16 @@ def build_datasets(data=None, image_size=None, seed=0, download_dir="datasets", 
         probe = np.linspace(0, len(train) - 1, min(len(train), 64)).astype(int)
         unaltered = Images(train, None)
         image_size = min(224, int(np.median([min(unaltered.image(int(i)).size) for i in probe])))
-    augmentation["blur"] = image_size > SMALL if blur is None else blur
-    augmentation["flip"] = not digits if flip is None else flip
-    view, plain = random_view(image_size, **augmentation), plain_view(image_size)
+    fitting = {"blur": image_size > SMALL, "flip": not digits, "crop_min": 0.5 if digits else 0.2}
+    augmentation = fitting | {name: value for name, value in augmentation.items() if value is not None}
+    plain = plain_view(image_size)
     return Datasets(
-        Images(train, TwoCrops(view), seed), Images(train, plain), val and Images(val, plain), train.classes, image_size
+        train=Images(train, TwoCrops(random_view(image_size, **augmentation)), seed),
+        plain=Images(train, plain),
+        val=Images(val, plain) if val is not None else None,
+        classes=train.classes,
+        image_size=image_size,
+        augmentation=augmentation,
     )
 
 
@@ -192,8 +197,10 @@ def _folders(root):
 def _download(name, directory):
     """The training and held-out part of a torchvision data set; STL-10's unlabelled images are trained on too."""
     kind = {"cifar10": tv_datasets.CIFAR10, "cifar100": tv_datasets.CIFAR100, "stl10": tv_datasets.STL10}[name]
-    parts = [{"split": "train+unlabeled"}, {"split": "test"}] if name == "stl10" else [{"train": True}, {"train": False}]
+    train, held_out = {"train": True}, {"train": False}
+    if name == "stl10":
+        train, held_out = {"split": "train+unlabeled"}, {"split": "test"}
     try:
-        return [kind(directory, download=True, **part) for part in parts]
+        return [kind(directory, download=True, **part) for part in (train, held_out)]
     except (OSError, RuntimeError) as error:
         raise DataError(f"cannot download {name} to {directory}: {error}; give a folder of images instead") from error

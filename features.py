@@ -35,7 +35,8 @@ def compute_features(loader, model, directory, device="cpu"):
             old.unlink()
     if distributed:
         dist.barrier()
-    for i, (images, index) in enumerate(tqdm(loader, desc="features", leave=False, disable=None if rank == 0 else True)):
+    progress = tqdm(loader, desc="features", leave=False, disable=None if rank == 0 else True)
+    for i, (images, index) in enumerate(progress):
         features = model(images.to(device, non_blocking=True)).float().cpu()
         path = directory / f"batch_{i * world + rank}_features.pt"
         torch.save({"index": torch.as_tensor(index), "features": features}, f"{path}.tmp")

@@ -31,7 +31,7 @@ from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
 from cluster import run_kmeans
-from data import SMALL, DataError, build_datasets
+from data import SMALL, DataError, Images, build_datasets
 from eval_lincls import (
     cluster_numbers,
     default_num_cluster,
@@ -48,6 +48,8 @@ from loss import info_nce, proto_nce
 from model import MoCo, backbone, build_encoder
 
 BASE_LR = {"sgd": 0.03, "adamw": 1e-3, "lamb": 5e-3, "lars": 0.3}  # per batch of 256
+AUGMENTATION = ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "flip")
+SIZES = ("arch", "stem", "batch_size", "lr", "pcl_r", "num_cluster", "moco_m", "bn_splits", "cluster_head", "workers")
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip for an overflow
 MAX_BANK = 50_000  # images that the kNN accuracy during training looks at; the evaluation script takes all
 
@@ -59,7 +61,11 @@ def get_parser():
     parser.error = fail
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data and augmentation").add_argument
-    add("data", nargs="?", help="ImageFolder with train/ and perhaps val/ or test/; cifar10, cifar100, stl10; default: digits")
+    add(
+        "data",
+        nargs="?",
+        help="folder with train/ and perhaps val/ or test/; cifar10, cifar100, stl10; default: digits",
+    )
     add("--image-size", type=positive_int, help="side of a view in pixels; default: the images' own, at most 224")
     add("--aug-plus", action=switch, default=True, help="MoCo v2's augmentation; off: MoCo v1's")
     add("--crop-min", type=positive_float, help="smallest area of a random crop; default: 0.2, digits 0.5")
@@ -71,7 +77,7 @@ def get_parser():
 
     add = parser.add_argument_group("model").add_argument
     add("-a", "--arch", help="resnet18, 34, 50, ...; resnet18_w16: 16 channels wide, not 64; default by image size")
-    add("--stem", choices=("small", "imagenet"), help="small: 3x3 of stride 1 and no max-pool; default: up to 64 pixels")
+    add("--stem", choices=("small", "imagenet"), help="small: 3x3, stride 1, no max-pool; default: up to 64 pixels")
     add("--low-dim", type=positive_int, default=128, help="feature dimension")
     add("--mlp", action=switch, default=True, help="a hidden layer in the heads a and ã")
     add("--cluster-head", choices=("none", "report", "twin"), default="twin", help="head b for the clustering task")
@@ -91,7 +97,7 @@ def get_parser():
     add("--lr", "--learning-rate", type=positive_float, help=f"default: batch size / 256 times {BASE_LR}")
     add("--lr-warmup", type=nonnegative_int, help="epochs of linear increase; default: a twentieth, 0 for sgd")
     add("--cos", action="store_true", help="cosine schedule, in place of --schedule")
-    add("--schedule", type=positive_int, nargs="*", help="epochs at which the rate drops x0.1; default: at 60 and 80 %%")
+    add("--schedule", type=positive_int, nargs="*", help="epochs where the rate drops x0.1; default: at 60, 80 %%")
     add("--momentum", type=float, default=0.9, help="of sgd and lars")
     add("--wd", "--weight-decay", type=float, default=1e-4, dest="wd")
     add("--clip-grad", type=positive_float, default=math.inf, help="largest gradient norm, of the unscaled gradients")
@@ -121,10 +127,9 @@ def main(argv=None):
 def train(args):
     rank, world, device = start_process()
     say = print if rank == 0 else lambda *_, **__: None
-    digits = args.data in (None, "digits")
-    args.crop_min = args.crop_min or (0.5 if digits else 0.2)
-    view = {name: getattr(args, name) for name in ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "flip")}
-    datasets = build_datasets(args.data, args.image_size, args.seed, **view)
+    augmentation = {name: getattr(args, name) for name in AUGMENTATION}
+    datasets = build_datasets(args.data, args.image_size, args.seed, **augmentation)
+    vars(args).update(datasets.augmentation)
     fill_in_defaults(args, datasets, world)
     check(args, len(datasets.train), world)
     directory = Path(args.exp_dir)
@@ -155,15 +160,20 @@ def train(args):
 
     # -- data
     loading = {"num_workers": args.workers, "persistent_workers": args.workers > 0, "pin_memory": device.type == "cuda"}
+    loading["generator"] = torch.Generator()  # of the workers' seeds, so that their number leaves other draws alone
     sampler = DistributedSampler(datasets.train, world, rank, shuffle=True, seed=args.seed)
     local_batch = args.batch_size // world
     loader = DataLoader(datasets.train, local_batch, sampler=sampler, drop_last=True, **loading)
 
-    def share(images, n):  # in this rank's share of the first n, every sample once and none twice
-        return DataLoader(Subset(images, range(rank, n, world)), local_batch, **loading)
+    def share(images):  # this rank's part of them; over all ranks every image once and none twice
+        return DataLoader(Subset(images, range(rank, len(images), world)), local_batch, **loading)
 
-    plain = share(datasets.plain, len(datasets.plain))
-    held_out = datasets.val and share(datasets.val, min(len(datasets.val), MAX_BANK))
+    plain = share(datasets.plain)
+    bank, held_out = plain, None
+    if datasets.val is not None:
+        held_out = share(thin_out(datasets.val, MAX_BANK))
+        if len(datasets.plain) > MAX_BANK:
+            bank = share(thin_out(datasets.plain, MAX_BANK))
     steps = len(loader)
 
     if rank == 0:
@@ -172,17 +182,15 @@ def train(args):
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(directory, purge_step=start)
-    sizes = {name: getattr(args, name) for name in ("arch", "stem", "batch_size", "lr", "pcl_r", "num_cluster", "moco_m")}
-    sizes |= {"bn_splits": args.bn_splits, "workers": args.workers, "cluster_head": args.cluster_head}
     say(
         f"{args.data or 'digits'}: {len(datasets.train)} training images, {len(datasets.val or ())} held out, "
         f"{len(datasets.classes)} classes, {args.image_size} pixels; on {world} x {device.type}"
     )
-    say(", ".join(f"{name} {value}" for name, value in sizes.items()))
+    say(", ".join(f"{name} {getattr(args, name)}" for name in SIZES))
     if args.warmup >= args.epochs:
         say(f"--warmup {args.warmup} leaves none of the {args.epochs} epochs for ProtoNCE: this run is InfoNCE alone")
     if knn_untrained is None and held_out is not None:
-        knn_untrained = held_out_knn(model, plain, held_out, datasets, directory / "features", device, autocast)
+        knn_untrained = held_out_knn(model, bank, held_out, directory / "features", device, autocast)
         say(f"kNN accuracy of the untrained network: {knn_untrained:.1f} %")
 
     # -- the epochs
@@ -202,9 +210,7 @@ def train(args):
         ):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch + step / steps, args)
-            im_q, im_k = (
-                im.to(device, non_blocking=True, memory_format=torch.channels_last) for im in (im_q, im_k)
-            )
+            im_q, im_k = (im.to(device, non_blocking=True, memory_format=torch.channels_last) for im in (im_q, im_k))
             with autocast():
                 q, k, c = forward(im_q, im_k, clusters is not None)
             loss, acc_inst = info_nce(q, k, model.queue, args.temperature)
@@ -217,9 +223,9 @@ def train(args):
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
-            overflow = not math.isfinite(norm.item())
+            overflow = not math.isfinite(norm.item())  # with a scaler, a step to skip
             skipped = skipped + 1 if overflow else 0
-            if not math.isfinite(loss.item()) or overflow and (not scaler.is_enabled() or skipped > MAX_SKIPPED):
+            if not math.isfinite(loss.item()) or skipped > (MAX_SKIPPED if scaler.is_enabled() else 0):
                 raise SystemExit(
                     f"stopped at epoch {epoch}, step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; "
                     f"this step's weights were not changed; last good checkpoint: {last_checkpoint(directory)}. "
@@ -228,7 +234,7 @@ def train(args):
             scaler.step(optimizer)
             scaler.update()
             model.update(k)
-            totals += torch.stack([loss.detach(), acc_inst, acc_proto, norm.detach()])
+            totals += torch.stack([loss.detach(), acc_inst, acc_proto, norm.nan_to_num(posinf=0.0)])
         seconds = time.time() - tic
 
         # -- what the epoch came to
@@ -236,21 +242,22 @@ def train(args):
             dist.all_reduce(totals)
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
-        figures = dict(zip(("loss", "acc_inst", "acc_proto", "grad_norm"), (totals / steps / world).tolist(), strict=True))
-        row = {"epoch": epoch, **figures, "lr": learning_rate(epoch + 1 - 1 / steps, args)}
+        means = zip(("loss", "acc_inst", "acc_proto", "grad_norm"), (totals / steps / world).tolist(), strict=True)
+        row = {"epoch": epoch, **dict(means), "lr": learning_rate(epoch + 1 - 1 / steps, args)}
         row |= {"images_per_second": steps * args.batch_size / seconds, "knn": None}
         if held_out is not None and (last or (epoch + 1) % args.knn_every == 0):
-            row["knn"] = held_out_knn(model, plain, held_out, datasets, directory / "features", device, autocast)
+            row["knn"] = held_out_knn(model, bank, held_out, directory / "features", device, autocast)
         log.append(row)
         say(
             "epoch {epoch:3d}  loss {loss:.3f}  acc_inst {acc_inst:5.1f}  acc_proto {acc_proto:5.1f}  lr {lr:.4f}  "
-            "{images_per_second:.0f} images/s".format(**row) + (f"  kNN {row['knn']:.1f}" if row["knn"] else "")
+            "{images_per_second:.0f} images/s".format(**row)
+            + (f"  kNN {row['knn']:.1f}" if row["knn"] else "")
         )
         if leaking(log, knn_untrained):
             say(
-                f"warning: acc_inst is {row['acc_inst']:.1f} % but the kNN accuracy does not follow ({row['knn']:.1f} %): "
-                "the query finds its key by something other than the image. Most often batch-norm statistics leak "
-                "which key belongs to which query (raise --bn-splits), or the features have collapsed (lower --lr)"
+                f"warning: acc_inst is {row['acc_inst']:.1f} % but the kNN accuracy does not follow "
+                f"({row['knn']:.1f} %): the query finds its key by something other than what the image shows. Most "
+                "often batch-norm statistics tell which key belongs to which query; raise --bn-splits"
             )
         if rank == 0:
             for name, value in row.items():
@@ -259,9 +266,12 @@ def train(args):
             save(directory, epoch, model, optimizer, scaler, args, log, knn_untrained, keep)
     if rank == 0:
         board.close()
-    reached = f"kNN accuracy {log[-1]['knn']:.1f} % (untrained {knn_untrained:.1f} %)" if held_out and log else "the end"
+    reached = f"loss {log[-1]['loss']:.3f}"
+    if log[-1]["knn"] is not None:
+        reached += f", kNN accuracy {log[-1]['knn']:.1f} % (untrained {knn_untrained:.1f} %)"
+    minutes = (time.time() - began) / 60
+    say(f"reached {reached} after {len(log)} epochs; {len(log) - start} of them in {minutes:.1f} minutes")
     where = f" --exp-dir {args.exp_dir}" if args.exp_dir != "experiment_pcl" else ""
-    say(f"reached {reached} after {args.epochs} epochs, {(time.time() - began) / 60:.1f} minutes of them now")
     say(f"next: python eval_lincls.py{where}")
     return log
 
@@ -290,20 +300,27 @@ def e_step(model, plain, args, epoch, device, autocast, picture_of):
     return [type(clusters)(*(tensor.to(device) for tensor in clusters)) for clusters in results[0]]
 
 
-def held_out_knn(model, plain, held_out, datasets, directory, device, autocast):
+def held_out_knn(model, bank, held_out, directory, device, autocast):
     """kNN accuracy in percent of the query backbone on the held-out images; None on ranks other than the first."""
     network = backbone(model.encoder_q).eval()
-    saved = []
-    for loader in (plain, held_out):
+    labelled = []
+    for loader in (bank, held_out):
         with autocast():
             compute_features(loader, network, directory, device)
         if is_main():
-            saved.append(torch.from_numpy(load_features(directory, len(loader.dataset.dataset))))
+            images = loader.dataset.dataset
+            known = images.labels >= 0
+            labelled += torch.from_numpy(load_features(directory, len(images)))[known], images.labels[known]
             shutil.rmtree(directory)
-    if not is_main():
-        return None
-    known = datasets.plain.labels >= 0
-    return knn_accuracy(saved[0][known], datasets.plain.labels[known], saved[1], datasets.val.labels)
+    return knn_accuracy(*labelled) if is_main() else None
+
+
+def thin_out(images, n):
+    """At most `n` of the images, evenly spaced, as data.Images of their own."""
+    step = -(-len(images) // n)
+    source = Subset(images.source, range(0, len(images), step))
+    source.targets = images.labels[::step]
+    return Images(source, images.transform)
 
 
 def learning_rate(progress, args):
@@ -352,8 +369,9 @@ def draw_prototypes(images, features, clusters, rows=10, columns=10, side=56):
 
 def start_process():
     """(rank, number of processes, device), from torchrun's environment or for one process alone."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return 0, 1, device
@@ -370,13 +388,10 @@ def fill_in_defaults(args, datasets, world):
     n, args.image_size = len(datasets.train), datasets.image_size
     small = args.image_size <= SMALL
     batch_size = args.batch_size or min(256, power_of_two(n / 10))
-    flip = args.data not in (None, "digits")
     defaults = {
         "arch": "resnet18_w32" if args.image_size <= 16 else "resnet18" if small else "resnet50",
         "stem": "small" if small else "imagenet",
         "moco_m": 0.99 if small else 0.999,
-        "blur": not small,
-        "flip": flip,
         "batch_size": batch_size,
         "lr": BASE_LR[args.optim] * batch_size / 256,
         "lr_warmup": 0 if args.optim == "sgd" else args.epochs // 20,
@@ -446,8 +461,8 @@ def precision(args, device):
 
 def save(directory, epoch, model, optimizer, scaler, args, log, knn_untrained, keep):
     """Write log.csv and checkpoint.pth.tar, and a copy of the latter under the epoch's number where `keep`."""
-    lines = [",".join(log[0])] + [",".join("" if value is None else f"{value:.6g}" for value in row.values()) for row in log]
-    write_whole(directory / "log.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
+    rows = [log[0], *(["" if value is None else f"{value:.6g}" for value in row.values()] for row in log)]
+    write_whole(directory / "log.csv", lambda file: file.writelines(f"{','.join(row)}\n".encode() for row in rows))
     checkpoint = {
         "epoch": epoch + 1,
         "arch": args.arch,
@@ -498,8 +513,8 @@ def restore(checkpoint, model, optimizer, scaler, args):
         return checkpoint["epoch"], checkpoint["log"], checkpoint["knn_untrained"]
     except (RuntimeError, ValueError, KeyError) as error:
         fail(
-            f"the checkpoint is of another architecture or optimizer ({checkpoint['arch']}, here {args.arch} with "
-            f"--cluster-head {args.cluster_head} --optim {args.optim}): give the flags it was made with ({type(error).__name__})"
+            f"the checkpoint (a {checkpoint['arch']}) does not fit {args.arch}, --cluster-head {args.cluster_head}, "
+            f"--optim {args.optim} and the sizes worked out; give the flags it was made with ({type(error).__name__})"
         )
 
 

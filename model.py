@@ -66,16 +66,17 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 def build_encoder(arch, num_classes=128, small_images=False, norm_layer=None):
     """The ResNet named `arch`, as in torchvision; `resnet18_w16` has 16 channels in its first stage, not 64.
 
-    Returns a module with images (N, 3, H, W) -> (N, num_classes) and the last layer in `.fc`. Raises ValueError for an unknown name.
+    Returns a module images (N, 3, H, W) -> (N, num_classes) with its last layer in `.fc`. Raises ValueError where the
+    name is unknown.
     """
     name, _, width = arch.partition("_w")
-    if name not in RESNETS or not (width.isdecimal() and int(width) > 0 or arch == name):
+    if name not in RESNETS or not (arch == name or (width.isdecimal() and int(width) > 0)):
         raise ValueError(f"unknown arch {arch}; known are {', '.join(RESNETS)}, and with another width resnet18_w16")
     return WidthResNet(*RESNETS[name], num_classes, int(width or 64), small_images, norm_layer)
 
 
 def backbone(encoder):
-    """`encoder` without its `.fc`: images (N, 3, H, W) -> features (N, D) of the average pooling; shares the weights."""
+    """`encoder` without its `.fc`, sharing its weights: images (N, 3, H, W) -> features (N, D), average-pooled."""
     return nn.Sequential(*(module for name, module in encoder.named_children() if name != "fc"), nn.Flatten(1))
 
 
