@@ -1,0 +1,98 @@
+"""The model: key branch, batch-norm groups, queue and heads."""
+
+import functools
+
+import pytest
+import torch
+import torchvision
+
+from model import MoCo, SplitBatchNorm2d, build_encoder
+
+
+def make(**kwargs):
+    torch.manual_seed(0)
+    encoder = functools.partial(build_encoder, "resnet18_w4", small_images=True)
+    return MoCo(encoder, **({"dim": 8, "r": 16} | kwargs))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_full_width_is_torchvision(arch):
+    theirs = getattr(torchvision.models, arch)().state_dict()
+    ours = build_encoder(arch, num_classes=1000).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("arch", ["resnet19", "resnet18_w", "resnet18_w0", "vgg16"])
+def test_unknown_arch(arch):
+    with pytest.raises(ValueError, match="unknown arch"):
+        build_encoder(arch)
+
+
+def test_split_batch_norm_normalises_each_group_alone():
+    x, norm = torch.randn(12, 3, 4, 4) + torch.arange(12.0)[:, None, None, None], SplitBatchNorm2d(3, 4)
+    for group in norm(x).view(4, -1, 3, 16).permute(0, 2, 1, 3).flatten(2):
+        torch.testing.assert_close(group.mean(1), torch.zeros(3), atol=1e-5, rtol=0)
+        torch.testing.assert_close(group.std(1, unbiased=False), torch.ones(3), atol=1e-3, rtol=0)
+
+
+def test_no_key_shares_its_querys_group():
+    """What a key's group has in common with its query's is the fewest images that can be: n / groups."""
+    model, n, splits = make(bn_splits=4), 32, 4
+    share, back = model._shuffle(torch.arange(n))
+    assert torch.equal(share[back], torch.arange(n))
+    for i in range(n):
+        query_group = set(range(i // 8 * 8, i // 8 * 8 + 8))
+        key_group = set(share.view(splits, -1)[back[i] // 8].tolist())
+        assert i in key_group and len(query_group & key_group) == 8 // splits
+
+
+def test_momentum_update_is_its_formula():
+    model = make(m=0.9, cluster_head="twin")
+    with torch.no_grad():
+        for p in [*model.encoder_q.parameters(), *model.b_q.parameters()]:
+            p.add_(torch.randn_like(p))
+    pairs = [(model.encoder_k, model.encoder_q), (model.b_k, model.b_q)]
+    expected = [0.9 * k + 0.1 * q for a, b in pairs for k, q in zip(a.parameters(), b.parameters(), strict=True)]
+    model.update(torch.randn(4, 8))
+    got = [k for a, _ in pairs for k in a.parameters()]
+    for e, g in zip(expected, got, strict=True):
+        torch.testing.assert_close(e, g)
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 23])
+def test_queue_takes_any_batch_and_keeps_the_latest(n):
+    model, seen = make(r=16), []
+    for _ in range(7):
+        k = torch.randn(n, 8)
+        model.update(k)
+        seen += k.tolist()
+    kept = {tuple(row) for row in torch.tensor(seen[-16:]).tolist()}
+    assert len({tuple(c) for c in model.queue.T.tolist()} & kept) == min(16, len(seen))
+
+
+def test_heads_and_their_gradients():
+    x = torch.randn(8, 3, 8, 8)
+    for head in ("none", "report", "twin"):
+        model = make(cluster_head=head)
+        q, k, c = model(x, x, clustering=True)
+        for y in (q, k, c):
+            assert y.dtype == torch.float32
+            torch.testing.assert_close(y.norm(dim=1), torch.ones(8))
+        assert (c is q) == (head != "twin") and k.requires_grad == (head == "report")
+        (q * k + c).sum().backward()
+        trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+        assert trained == {"none": {"encoder_q"}, "report": {"encoder_q", "v"}, "twin": {"encoder_q", "b_q"}}[head]
+
+
+def test_a_dead_report_head_gives_no_nan():
+    model = make(cluster_head="report")
+    torch.nn.init.constant_(model.v[0].weight, 0)
+    torch.nn.init.constant_(model.v[0].bias, -1)
+    q, k, _ = model(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), clustering=True)
+    (q * k).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_encode_is_the_momentum_branch_in_eval_mode():
+    model, x = make(bn_splits=2).train(), torch.randn(6, 3, 8, 8)
+    assert torch.allclose(model.encode(x)[:1], model.encode(x[:1]), atol=1e-5) and model.training
