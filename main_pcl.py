@@ -149,14 +149,6 @@ def train(args):
     if checkpoint is not None:
         start, log, knn_untrained = restore(checkpoint, model, optimizer, scaler, args)
         say(f"resumed after epoch {start - 1}")
-    forward = model
-    if world > 1:  # head b has no gradient during the warm-up; buffers are made equal once an epoch, below
-        forward = DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            find_unused_parameters=args.cluster_head != "none",
-        )
 
     # -- data
     loading = {"num_workers": args.workers, "persistent_workers": args.workers > 0, "pin_memory": device.type == "cuda"}
@@ -199,6 +191,8 @@ def train(args):
         torch.manual_seed(hash((args.seed, epoch, rank)) & 0xFFFFFFFF)  # so resuming needs no random state
         last = epoch == args.epochs - 1
         keep = last or (epoch + 1) % max(1, args.epochs // 10) == 0
+        if epoch in (start, args.warmup):
+            forward = share_gradients(model, device, unused=epoch < args.warmup and args.cluster_head != "none")
         if epoch >= args.warmup:
             clusters = e_step(model, plain, args, epoch, device, autocast, keep and datasets.plain)
         datasets.train.set_epoch(epoch)
@@ -287,21 +281,19 @@ def e_step(model, plain, args, epoch, device, autocast, picture_of):
     directory = Path(args.exp_dir) / "features"
     with autocast():
         compute_features(plain, model.encode, directory, device)
-    results = [None]
+    results = None
     if is_main():
         features = load_features(directory, len(plain.dataset.dataset))
-        results = [run_kmeans(features, args.num_cluster, args.temperature, args.seed + epoch)]
+        results = run_kmeans(features, args.num_cluster, args.temperature, args.seed + epoch)
         if picture_of:
-            picture = draw_prototypes(picture_of, features, results[0][0])
+            picture = draw_prototypes(picture_of, features, results[0])
             write_whole(Path(args.exp_dir) / "prototypes.png", lambda f: picture.save(f, "PNG"))
         shutil.rmtree(directory)
-    if dist.is_initialized():
-        dist.broadcast_object_list(results, 0)
-    return [type(clusters)(*(tensor.to(device) for tensor in clusters)) for clusters in results[0]]
+    return [type(clusters)(*(tensor.to(device) for tensor in clusters)) for clusters in from_main(results)]
 
 
 def held_out_knn(model, bank, held_out, directory, device, autocast):
-    """kNN accuracy in percent of the query backbone on the held-out images; None on ranks other than the first."""
+    """kNN accuracy in percent of the query backbone on the held-out images."""
     network = backbone(model.encoder_q).eval()
     labelled = []
     for loader in (bank, held_out):
@@ -312,7 +304,7 @@ def held_out_knn(model, bank, held_out, directory, device, autocast):
             known = images.labels >= 0
             labelled += torch.from_numpy(load_features(directory, len(images)))[known], images.labels[known]
             shutil.rmtree(directory)
-    return knn_accuracy(*labelled) if is_main() else None
+    return from_main(knn_accuracy(*labelled) if is_main() else None)
 
 
 def thin_out(images, n):
@@ -383,13 +375,34 @@ def is_main():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def from_main(value):
+    """The first rank's `value`, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def share_gradients(model, device, unused):
+    """The model as the loop calls it: where there are several processes, they average their gradients.
+
+    unused: some parameters get no gradient, as head b during the warm-up; searching for them costs time.
+    """
+    if not dist.is_initialized():
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    parallel = DistributedDataParallel(model, device_ids, find_unused_parameters=unused)
+    parallel.broadcast_buffers = False  # the loop makes them equal once an epoch
+    return parallel
+
+
 def fill_in_defaults(args, datasets, world):
     """Set what the command line left open and what follows from the data or from another flag."""
     n, args.image_size = len(datasets.train), datasets.image_size
     small = args.image_size <= SMALL
     batch_size = args.batch_size or min(256, power_of_two(n / 10))
     defaults = {
-        "arch": "resnet18_w32" if args.image_size <= 16 else "resnet18" if small else "resnet50",
+        "arch": "resnet18_w16" if args.image_size <= 16 else "resnet18" if small else "resnet50",
         "stem": "small" if small else "imagenet",
         "moco_m": 0.99 if small else 0.999,
         "batch_size": batch_size,
