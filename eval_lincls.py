@@ -142,7 +142,8 @@ def augmented_batches(network, images, batch_size, workers, device):
             labels = images.labels[index]
             known = labels >= 0
             with torch.no_grad():
-                yield network(views[known].to(device)), labels[known].to(device)
+                features = network(views[known].to(device))
+            yield features, labels[known].to(device)
 
     return batches
 

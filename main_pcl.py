@@ -346,12 +346,11 @@ def draw_prototypes(images, features, clusters, rows=10, columns=10, side=56):
     draw = ImageDraw.Draw(picture)
     for row, number in enumerate(order.tolist()):
         top = gap + row * (side + gap)
-        draw.text((gap, top + side // 2 - 14), f"phi {clusters.density[number]:.3f}\n{size[number]} images", "black")
+        draw.text((gap, top + side // 2 - 14), f"{size[number]} images\nphi {clusters.density[number]:.3f}", "black")
         members = np.flatnonzero(clusters.im2cluster.numpy() == number)
         nearest = members[np.argsort(-features[members] @ clusters.centroids[number].numpy())][:columns]
         for column, index in enumerate(nearest):
-            image = images.image(int(index))
-            image = image.resize((side, side), Image.NEAREST if max(image.size) < side else Image.BICUBIC)
+            image = images.image(int(index)).resize((side, side), Image.BICUBIC)
             picture.paste(image, (margin + column * (side + gap), top))
     return picture
 
