@@ -1,0 +1,90 @@
+"""What several processes share, against what one process alone would have."""
+
+import argparse
+import contextlib
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+import main_pcl
+from features import compute_features, load_features
+from model import MoCo, build_encoder
+
+N = 23  # of images; neither 2 nor 3 divides it
+
+
+def make_model(bn_splits=1):
+    torch.manual_seed(0)
+    return MoCo(functools.partial(build_encoder, "resnet18_w4", small_images=True), 8, 16, bn_splits=bn_splits)
+
+
+def images():
+    return torch.randn(N, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def clusters_of(model, rank, world, directory):
+    """The E-step of one rank."""
+    data = Subset(TensorDataset(images(), torch.arange(N)), range(rank, N, world))
+    args = argparse.Namespace(exp_dir=directory, num_cluster=[3, 5], temperature=0.2, seed=0)
+    autocast = contextlib.nullcontext
+    return main_pcl.e_step(model, DataLoader(data, 4), args, 0, torch.device("cpu"), autocast, None)
+
+
+def one_rank(rank, world, directory):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=world)
+    model = make_model(bn_splits=2)
+    model.encoder_k.eval()  # so that a key does not depend on whom it is computed with
+    im_q, im_k = images()[6 * rank : 6 * rank + 6], images().flip(0)[6 * rank : 6 * rank + 6]
+    _, k, _ = model(im_q, im_k)
+    alone = F.normalize(model.encoder_k(im_k))
+    model.update(k)
+    result = {"k": k, "alone": alone, "queue": model.queue, "clusters": clusters_of(model, rank, world, directory)}
+    torch.save(result, f"{directory}/rank_{rank}.pt")
+    compute_features(
+        DataLoader(Subset(TensorDataset(images(), torch.arange(N)), range(rank, N, world)), 4),
+        lambda x: x.flatten(1),
+        f"{directory}/kept",
+    )
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_queue_clusters_and_features(tmp_path, world):
+    torch.multiprocessing.spawn(one_rank, (world, str(tmp_path)), world)
+    ranks = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=False) for rank in range(world)]
+    keys = torch.cat([rank["k"] for rank in ranks])
+    for rank in ranks:
+        torch.testing.assert_close(rank["k"], rank["alone"].detach())  # each got the keys of its own images back
+        assert torch.equal(rank["queue"], ranks[0]["queue"])
+        for ours, first in zip(rank["clusters"], ranks[0]["clusters"], strict=True):
+            assert all(map(torch.equal, ours, first))
+    kept = {tuple(column) for column in ranks[0]["queue"].T.tolist()}
+    assert all(tuple(key) in kept for key in keys[-16:].tolist())
+
+    saved = [torch.load(path, weights_only=True)["index"] for path in (tmp_path / "kept").iterdir()]
+    assert torch.cat(saved).sort().values.tolist() == list(range(N))  # each once, none twice
+    torch.testing.assert_close(torch.from_numpy(load_features(tmp_path / "kept", N)), images().flatten(1))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_clusters_are_those_of_one_process(tmp_path, world):
+    model = make_model()
+    alone = clusters_of(model, 0, 1, tmp_path / "alone")
+    torch.multiprocessing.spawn(one_rank_clusters, (world, str(tmp_path)), world)
+    for ours, theirs in zip(torch.load(tmp_path / "clusters.pt", weights_only=False), alone, strict=True):
+        assert torch.equal(ours.im2cluster, theirs.im2cluster)
+        torch.testing.assert_close(ours.centroids, theirs.centroids, atol=1e-4, rtol=1e-4)
+
+
+def one_rank_clusters(rank, world, directory):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=world)
+    clusters = clusters_of(make_model(), rank, world, directory)
+    if rank == world - 1:
+        torch.save(clusters, f"{directory}/clusters.pt")
+    dist.destroy_process_group()
