@@ -179,8 +179,8 @@ def _folders(root):
     def read(directory):
         try:
             return tv_datasets.ImageFolder(directory)
-        except FileNotFoundError as error:  # no class folder, or one without images
-            raise DataError(str(error).splitlines()[0]) from error
+        except FileNotFoundError as error:
+            raise DataError(f"{directory} needs a folder per class, each with images ({error})") from error
 
     if not (root / "train").is_dir():
         raise DataError(f"{root} has no folder train/; put the images in {root}/train/CLASS/")

@@ -241,7 +241,7 @@ def load_encoder(checkpoint):
 
 def default_num_cluster(n):
     """The published numbers of clusters, scaled from ImageNet to `n` samples."""
-    return [max(1, round(k * n / REFERENCE)) for k in (25_000, 50_000, 100_000)]
+    return [min(n, max(2, round(k * n / REFERENCE))) for k in (25_000, 50_000, 100_000)]
 
 
 def positive_int(text):

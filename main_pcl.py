@@ -82,7 +82,7 @@ def get_parser():
     add("--mlp", action=switch, default=True, help="a hidden layer in the heads a and ã")
     add("--cluster-head", choices=("none", "report", "twin"), default="twin", help="head b for the clustering task")
     add("--moco-m", type=float, help="momentum of the key encoder; default: 0.999, up to 64 pixels 0.99")
-    add("--bn-splits", type=positive_int, help="batch-norm groups per process; default: 8 over all processes")
+    add("--bn-splits", type=positive_int, help="batch-norm groups per process; default: 8 over all, if equal")
 
     add = parser.add_argument_group("losses and clustering").add_argument
     add("--pcl-r", type=positive_int, help="queue length and number of negative prototypes; default by data, 16384")
@@ -169,8 +169,11 @@ def train(args):
     steps = len(loader)
 
     if rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / "args.json", lambda f: f.write(json.dumps(vars(args), indent=2).encode()))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_whole(directory / "args.json", lambda f: f.write(json.dumps(vars(args), indent=2).encode()))
+        except OSError as error:
+            fail(f"cannot write to {directory}: {error.strerror}; name another --exp-dir")
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(directory, purge_step=start)
@@ -399,7 +402,8 @@ def fill_in_defaults(args, datasets, world):
     """Set what the command line left open and what follows from the data or from another flag."""
     n, args.image_size = len(datasets.train), datasets.image_size
     small = args.image_size <= SMALL
-    batch_size = args.batch_size or min(256, power_of_two(n / 10))
+    batch_size = args.batch_size or min(256, power_of_two(max(n / 10, 8))) // world * world
+    local_batch = batch_size // world
     defaults = {
         "arch": "resnet18_w16" if args.image_size <= 16 else "resnet18" if small else "resnet50",
         "stem": "small" if small else "imagenet",
@@ -410,7 +414,7 @@ def fill_in_defaults(args, datasets, world):
         "schedule": [args.epochs * 6 // 10, args.epochs * 8 // 10],
         "pcl_r": min(16384, power_of_two(n / 12)),
         "num_cluster": default_num_cluster(n),
-        "bn_splits": max(1, 8 // world),
+        "bn_splits": 1 if local_batch % 2 else math.gcd(max(1, 8 // world), local_batch // 2),
         "knn_every": max(1, args.epochs // 20),
         "workers": min(8, max(1, (os.cpu_count() or 1) // world)),
     }

@@ -179,9 +179,10 @@ def test_warmup_beyond_the_end_is_infonce_alone(folder, tmp_path, capsys):
         (["--num-cluster", "2000"], "more than the 1437"),
         (["--num-cluster", "a"], "num-cluster"),
         (["-b", "4000"], "fewer than one batch"),
-        (["-b", "12"], "equal groups"),
+        (["-b", "12", "--bn-splits", "8"], "equal groups"),
         (["--moco-m", "1.5"], "below 1"),
         (["--resume", "no-such-file"], "no checkpoint"),
+        (["--wd", "nan"], "at least 0"),
     ],
 )
 def test_bad_arguments_get_one_line(tmp_path, capsys, args, message):
