@@ -100,7 +100,7 @@ def get_parser():
     add("--schedule", type=positive_int, nargs="*", help="epochs where the rate drops x0.1; default: at 60, 80 %%")
     add("--momentum", type=float, default=0.9, help="of sgd and lars")
     add("--wd", "--weight-decay", type=float, default=1e-4, dest="wd")
-    add("--clip-grad", type=positive_float, default=math.inf, help="largest gradient norm, of the unscaled gradients")
+    add("--clip-grad", type=positive_float, help="largest gradient norm, of the unscaled gradients; default: no limit")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", choices=("auto", "bf16", "fp16"), default="auto", help="auto: bf16 where the device has it")
 
@@ -219,7 +219,7 @@ def train(args):
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
             overflow = not math.isfinite(norm.item())  # with a scaler, a step to skip
             skipped = skipped + 1 if overflow else 0
             if not math.isfinite(loss.item()) or skipped > (MAX_SKIPPED if scaler.is_enabled() else 0):
