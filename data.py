@@ -9,6 +9,8 @@ The augmentation is "aug-plus" of MoCo v2 (Chen et al. 2020, arXiv 2003.04297, a
     image, index = datasets.plain[0]             # the centre crop, for the features; labels: datasets.plain.labels
 """
 
+import hashlib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,9 +62,12 @@ class Images(Dataset):
     def image(self, index):
         """Image `index` as it is stored, in RGB. Raises DataError, naming the file, where it cannot be read."""
         try:
-            return self.source[index][0].convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            path = self.source.samples[index][0] if hasattr(self.source, "samples") else f"image {index}"
+            image = self.source[index][0]
+            if image.mode.startswith("I;16"):  # convert() would cut off all above 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+        except Exception as error:  # there is no end to what broken files make the reader raise
+            path = repr(self.source.samples[index][0]) if hasattr(self.source, "samples") else f"image {index}"
             raise DataError(f"cannot read {path}: {type(error).__name__}; repair or remove the file") from error
 
 
@@ -73,6 +78,7 @@ class Datasets(NamedTuple):
     classes: list  # class names
     image_size: int  # side of a view, in pixels
     augmentation: dict  # the keywords of random_view behind `train`
+    fingerprint: str  # changes where training images are added, removed, renamed or labelled anew
 
 
 class Digits(Dataset):
@@ -170,15 +176,26 @@ def build_datasets(data=None, image_size=None, seed=0, download_dir="datasets", 
         classes=train.classes,
         image_size=image_size,
         augmentation=augmentation,
+        fingerprint=_fingerprint(train),
     )
+
+
+def _fingerprint(source):
+    names = [path.removeprefix(source.root) for path, _ in getattr(source, "samples", ())]
+    labels = [*map(int, source.targets if hasattr(source, "targets") else source.labels)]
+    return hashlib.sha256(repr([source.classes, names, labels]).encode()).hexdigest()
 
 
 def _folders(root):
     """The ImageFolders `root`/train and `root`/val or `root`/test (None where there is neither)."""
 
     def read(directory):
+        for path, folders, _ in os.walk(directory, followlinks=True):
+            for link in (Path(path, name) for name in folders if os.path.islink(os.path.join(path, name))):
+                if link.resolve() in {parent.resolve() for parent in link.parents}:
+                    raise DataError(f"the link {str(link)!r} leads back to a folder it lies in; remove it")
         try:
-            return tv_datasets.ImageFolder(directory)
+            return tv_datasets.ImageFolder(str(directory), loader=Image.open)
         except FileNotFoundError as error:
             raise DataError(f"{directory} needs a folder per class, each with images ({error})") from error
 

@@ -10,9 +10,9 @@ stand an untrained one and the raw pixels. Linear probe: MoCo (arXiv 1911.05722,
 """
 
 import argparse
-import pickle
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +59,10 @@ def main(argv=None):
         fail(f"there is no {path}; train first with python main_pcl.py, or name a file with --pretrained")
     checkpoint = read_checkpoint(path)
     stored = checkpoint.get("args", {})
+    data = args.data or (None if args.pretrained else stored.get("data"))  # a stranger's file names no folder here
     try:
         encoder = load_encoder(checkpoint)
-        datasets = build_datasets(
-            args.data or stored.get("data"), args.image_size or stored.get("image_size"), flip=stored.get("flip")
-        )
+        datasets = build_datasets(data, args.image_size or stored.get("image_size"), flip=stored.get("flip"))
         num_cluster = args.num_cluster or stored.get("num_cluster") or default_num_cluster(len(datasets.train))
         return evaluate(args, encoder, checkpoint["arch"], datasets, num_cluster, stored.get("flip", True))
     except ValueError as error:
@@ -209,15 +208,29 @@ def nmi(a, b):
 def read_checkpoint(path):
     """The checkpoint at `path` as a dict with at least `arch` and `state_dict`; only tensors and plain values are read.
 
-    Ends the program in one line, exit status 2, where it is not one.
+    Ends the program in one line, exit status 2, where it is not one or holds less than its tensors' sizes claim.
     """
     try:
+        if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            raise ValueError  # torch stores plainly; what is packed may be of any size
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        if any(value.untyped_storage().nbytes() < value.nbytes for value in tensors_in(checkpoint)):
+            raise ValueError
+    except Exception as error:  # there is no end to what a malformed file makes the readers raise
         fail(f"{path} is truncated or not a checkpoint ({type(error).__name__}); name another file")
-    if not isinstance(checkpoint, dict) or not {"arch", "state_dict"} <= checkpoint.keys():
+    arch, state = (checkpoint.get(name) if isinstance(checkpoint, dict) else None for name in ("arch", "state_dict"))
+    if not isinstance(arch, str) or not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         fail(f"{path} is not a checkpoint of MoCo or PCL: it has no arch and state_dict")
     return checkpoint
+
+
+def tensors_in(value):
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
 
 
 def load_encoder(checkpoint):
@@ -230,13 +243,14 @@ def load_encoder(checkpoint):
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     if "conv1.weight" not in state:
         raise ValueError("the checkpoint has no weights under module.encoder_q; it is not one of MoCo or PCL")
-    encoder = build_encoder(checkpoint["arch"], small_images=state["conv1.weight"].shape[-1] == 3)
+    with torch.device("meta"):  # no memory for what the file only claims to hold
+        encoder = build_encoder(checkpoint["arch"], small_images=state["conv1.weight"].shape[-1] == 3)
     encoder.fc = nn.Identity()
     try:
-        encoder.load_state_dict(state)
+        encoder.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the checkpoint's weights are not those of a {checkpoint['arch']}") from error
-    return encoder
+    return encoder.float()
 
 
 def default_num_cluster(n):
@@ -244,40 +258,38 @@ def default_num_cluster(n):
     return [min(n, max(2, round(k * n / REFERENCE))) for k in (25_000, 50_000, 100_000)]
 
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
+def in_range(kind, low, below=float("inf")):
+    """An argparse type: numbers of `kind` from `low` to less than `below`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f"must be at least {low} and below {below}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's own message
+    return parse
 
 
-def nonnegative_int(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
-    return value
-
-
-def positive_float(text):
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-    return value
+positive_int, nonnegative_int, positive_float = in_range(int, 1), in_range(int, 0), in_range(float, 1e-9)
 
 
 def cluster_numbers(text):
-    return [positive_int(number) for number in text.split(",")]
+    return [positive_int(k) for k in text.split(",")]
 
 
 def one_line(error):
-    """The message of an error; of one that a loader worker passed on, the message that it was raised with."""
-    return str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
+    """The message of an error, without line breaks; of one that a loader worker passed on, the original's message."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-def fail(message):
-    """Say in one line what is wrong and end the program with status 2."""
+def fail(message, status=2):
+    """Say in one line what is wrong and end the program with `status`."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Under torch.distributed every rank passes over its own share of the data and sav
     features = load_features("features", n=len(dataset))          # (n, D) float32, row i = sample i
 """
 
+import io
 import os
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from tqdm import tqdm
 
 
 @torch.no_grad()
-def compute_features(loader, model, directory, device="cpu"):
+def compute_features(loader, model, directory, device="cpu", first=0):
     """Save `model(images)` of every batch of `loader` as `directory`/batch_{i}_features.pt.
 
     loader: yields (images, index), index (B,) the positions in the data set; on several ranks, each has its share.
     model: images (B, ...) on `device` -> features (B, D); it is called as it is, so put it in eval mode first.
-    Features left in `directory` by an earlier pass are removed. Each file appears whole or not at all, and holds
-    {"index": (B,) int64, "features": (B, D) float32}. Returns when all ranks are done.
+    first: number of the first file; to take up an interrupted pass, what saved_batches says.
+    Features left in `directory` by an earlier pass, from number `first` on, are removed. Each file appears whole or
+    not at all, and holds {"index": (B,) int64, "features": (B, D) float32}. Returns when all ranks are done. Raises
+    OSError where a file cannot be written.
     """
     directory = Path(directory)
     distributed = dist.is_available() and dist.is_initialized()
@@ -32,17 +35,39 @@ def compute_features(loader, model, directory, device="cpu"):
     if rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
         for old in directory.glob("batch_*_features.pt*"):
-            old.unlink()
+            if _number(old) >= first or old.suffix == ".tmp":
+                old.unlink()
     if distributed:
         dist.barrier()
     progress = tqdm(loader, desc="features", leave=False, disable=None if rank == 0 else True)
     for i, (images, index) in enumerate(progress):
         features = model(images.to(device, non_blocking=True)).float().cpu()
-        path = directory / f"batch_{i * world + rank}_features.pt"
-        torch.save({"index": torch.as_tensor(index), "features": features}, f"{path}.tmp")
+        path = directory / f"batch_{first + i * world + rank}_features.pt"
+        file = io.BytesIO()  # torch's own writer does not say that a disk is full
+        torch.save({"index": torch.as_tensor(index), "features": features}, file)
+        Path(f"{path}.tmp").write_bytes(file.getbuffer())
         os.replace(f"{path}.tmp", path)
     if distributed:
         dist.barrier()
+
+
+def saved_batches(directory):
+    """What an interrupted pass has left in `directory`: (index (m,) int64 of the samples done, `first` to go on with).
+
+    A file that cannot be read, as after a power cut, is removed.
+    """
+    done, first = [torch.empty(0, dtype=torch.long)], 0
+    for path in Path(directory).glob("batch_*_features.pt"):
+        try:
+            done.append(torch.load(path, weights_only=True)["index"])
+            first = max(first, _number(path) + 1)
+        except Exception:  # there is no end to what broken files make the reader raise
+            path.unlink()
+    return torch.cat(done), first
+
+
+def _number(path):
+    return int(path.name.split("_")[1])
 
 
 def load_features(directory, n):

@@ -12,11 +12,17 @@ Then `python eval_lincls.py` says what the features are worth.
 """
 
 import argparse
+import fcntl
 import functools
+import hashlib
+import io
 import json
 import math
 import os
 import shutil
+import signal
+import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -27,15 +33,15 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
-from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
-from cluster import run_kmeans
+from cluster import Clusters, run_kmeans
 from data import SMALL, DataError, Images, build_datasets
 from eval_lincls import (
     cluster_numbers,
     default_num_cluster,
     fail,
+    in_range,
     knn_accuracy,
     nonnegative_int,
     one_line,
@@ -43,13 +49,14 @@ from eval_lincls import (
     positive_int,
     read_checkpoint,
 )
-from features import compute_features, load_features
+from features import compute_features, load_features, saved_batches
 from loss import info_nce, proto_nce
 from model import MoCo, backbone, build_encoder
 
 BASE_LR = {"sgd": 0.03, "adamw": 1e-3, "lamb": 5e-3, "lars": 0.3}  # per batch of 256
 AUGMENTATION = ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "flip")
 SIZES = ("arch", "stem", "batch_size", "lr", "pcl_r", "num_cluster", "moco_m", "bn_splits", "cluster_head", "workers")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends the last ahead of a job's end
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip for an overflow
 MAX_BANK = 50_000  # images that the kNN accuracy during training looks at; the evaluation script takes all
 
@@ -81,7 +88,7 @@ def get_parser():
     add("--low-dim", type=positive_int, default=128, help="feature dimension")
     add("--mlp", action=switch, default=True, help="a hidden layer in the heads a and ã")
     add("--cluster-head", choices=("none", "report", "twin"), default="twin", help="head b for the clustering task")
-    add("--moco-m", type=float, help="momentum of the key encoder; default: 0.999, up to 64 pixels 0.99")
+    add("--moco-m", type=in_range(float, 0, 1), help="key encoder's momentum; default: 0.999, up to 64 pixels 0.99")
     add("--bn-splits", type=positive_int, help="batch-norm groups per process; default: 8 over all, if equal")
 
     add = parser.add_argument_group("losses and clustering").add_argument
@@ -98,8 +105,8 @@ def get_parser():
     add("--lr-warmup", type=nonnegative_int, help="epochs of linear increase; default: a twentieth, 0 for sgd")
     add("--cos", action="store_true", help="cosine schedule, in place of --schedule")
     add("--schedule", type=positive_int, nargs="*", help="epochs where the rate drops x0.1; default: at 60, 80 %%")
-    add("--momentum", type=float, default=0.9, help="of sgd and lars")
-    add("--wd", "--weight-decay", type=float, default=1e-4, dest="wd")
+    add("--momentum", type=in_range(float, 0, 1), default=0.9, help="of sgd and lars")
+    add("--wd", "--weight-decay", type=in_range(float, 0), default=1e-4, dest="wd")
     add("--clip-grad", type=positive_float, help="largest gradient norm, of the unscaled gradients; default: no limit")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", choices=("auto", "bf16", "fp16"), default="auto", help="auto: bf16 where the device has it")
@@ -116,17 +123,24 @@ def main(argv=None):
     """Train, and return the figures of every epoch: a list of {column of log.csv: value}."""
     args = get_parser().parse_args(argv)
     try:
-        return train(args)
+        with StopSignals() as stop:
+            return train(args, stop)
     except DataError as error:
         fail(one_line(error))
+    except OSError as error:
+        fail(f"{one_line(error)}; what was saved before is whole: make room, and go on with --resume", 1)
+    except RuntimeError as error:
+        if not dist.is_initialized() or not any(word in str(error).lower() for word in ("gloo", "nccl")):
+            raise
+        fail(f"another process of this run has ended, so this one does; go on with --resume ({one_line(error)})", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def train(args):
+def train(args, stop):
     rank, world, device = start_process()
-    say = print if rank == 0 else lambda *_, **__: None
+    say = functools.partial(print, flush=True) if rank == 0 else lambda _: None
     augmentation = {name: getattr(args, name) for name in AUGMENTATION}
     datasets = build_datasets(args.data, args.image_size, args.seed, **augmentation)
     vars(args).update(datasets.augmentation)
@@ -144,39 +158,42 @@ def train(args):
     optimizer = build_optimizer(model, args)
     dtype, scaler = precision(args, device)
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=args.amp)
-    start, log, knn_untrained = 0, [], None
-    checkpoint = find_checkpoint(args.resume, directory)
-    if checkpoint is not None:
-        start, log, knn_untrained = restore(checkpoint, model, optimizer, scaler, args)
-        say(f"resumed after epoch {start - 1}")
+
+    # -- where the run stands; all of it is in the checkpoint
+    run = {"epoch": 0, "step": 0, "log": [], "knn_untrained": None, "data": datasets.fingerprint, "clusters": None}
+    run |= {"totals": torch.zeros(4), "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0}
+    lock = reserve(directory) if rank == 0 else None
+    path = from_main(find_checkpoint(args.resume, directory) if rank == 0 else None)
+    if path is not None:
+        restore(read_checkpoint(path), run, model, optimizer, scaler, args, device)
+        say(f"resumed at epoch {run['epoch']}, step {run['step']}")
 
     # -- data
     loading = {"num_workers": args.workers, "persistent_workers": args.workers > 0, "pin_memory": device.type == "cuda"}
     loading["generator"] = torch.Generator()  # of the workers' seeds, so that their number leaves other draws alone
-    sampler = DistributedSampler(datasets.train, world, rank, shuffle=True, seed=args.seed)
+    loading["worker_init_fn"] = heed_the_parent_alone
     local_batch = args.batch_size // world
-    loader = DataLoader(datasets.train, local_batch, sampler=sampler, drop_last=True, **loading)
+    steps = len(datasets.train) // args.batch_size
 
-    def share(images):  # this rank's part of them; over all ranks every image once and none twice
-        return DataLoader(Subset(images, range(rank, len(images), world)), local_batch, **loading)
+    def load(images, batch_size=4 * local_batch, **options):  # whoever passes over the images first fills the sampler
+        return DataLoader(images, batch_size, sampler=[], **options, **loading)
 
-    plain = share(datasets.plain)
+    loader, plain = load(datasets.train, local_batch, drop_last=True), load(datasets.plain)
     bank, held_out = plain, None
     if datasets.val is not None:
-        held_out = share(thin_out(datasets.val, MAX_BANK))
+        held_out = load(thin_out(datasets.val, MAX_BANK))
         if len(datasets.plain) > MAX_BANK:
-            bank = share(thin_out(datasets.plain, MAX_BANK))
-    steps = len(loader)
+            bank = load(thin_out(datasets.plain, MAX_BANK))
+    extract = functools.partial(extract_features, model, directory / "features", device, autocast)
 
     if rank == 0:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_whole(directory / "args.json", lambda f: f.write(json.dumps(vars(args), indent=2).encode()))
-        except OSError as error:
-            fail(f"cannot write to {directory}: {error.strerror}; name another --exp-dir")
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(directory, purge_step=start)
+        board = SummaryWriter(directory, purge_step=run["epoch"])
+        if path is None:
+            shutil.rmtree(directory / "features", ignore_errors=True)
+        write_whole(directory / "args.json", json.dumps(vars(args), indent=2).encode())
+    save(directory, run, model, optimizer, scaler, args)
     say(
         f"{args.data or 'digits'}: {len(datasets.train)} training images, {len(datasets.val or ())} held out, "
         f"{len(datasets.classes)} classes, {args.image_size} pixels; on {world} x {device.type}"
@@ -184,27 +201,29 @@ def train(args):
     say(", ".join(f"{name} {getattr(args, name)}" for name in SIZES))
     if args.warmup >= args.epochs:
         say(f"--warmup {args.warmup} leaves none of the {args.epochs} epochs for ProtoNCE: this run is InfoNCE alone")
-    if knn_untrained is None and held_out is not None:
-        knn_untrained = held_out_knn(model, bank, held_out, directory / "features", device, autocast)
-        say(f"kNN accuracy of the untrained network: {knn_untrained:.1f} %")
+    if run["knn_untrained"] is None and held_out is not None:
+        run["knn_untrained"] = held_out_knn(model, bank, held_out, extract)
+        say(f"kNN accuracy of the untrained network: {run['knn_untrained']:.1f} %")
 
     # -- the epochs
-    began, clusters, skipped = time.time(), None, 0
+    began, start = time.time(), run["epoch"]
     for epoch in range(start, args.epochs):
-        torch.manual_seed(hash((args.seed, epoch, rank)) & 0xFFFFFFFF)  # so resuming needs no random state
         last = epoch == args.epochs - 1
         keep = last or (epoch + 1) % max(1, args.epochs // 10) == 0
         if epoch in (start, args.warmup):
             forward = share_gradients(model, device, unused=epoch < args.warmup and args.cluster_head != "none")
-        if epoch >= args.warmup:
-            clusters = e_step(model, plain, args, epoch, device, autocast, keep and datasets.plain)
+        if epoch >= args.warmup and run["clusters"] is None and run["step"] < steps:
+            run["clusters"] = e_step(model, plain, extract, args, epoch, device, keep and datasets.plain)
+        clusters = run["clusters"]
         datasets.train.set_epoch(epoch)
-        sampler.set_epoch(epoch)
+        order = torch.randperm(len(datasets.train), generator=torch.Generator().manual_seed(seed_of(args.seed, epoch)))
+        loader.sampler[:] = order[run["step"] * args.batch_size : steps * args.batch_size][rank::world].tolist()
         model.train()
-        totals, tic = torch.zeros(4, device=device), time.time()
-        for step, ((im_q, im_k), index) in enumerate(
-            tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None if rank == 0 else True)
-        ):
+        tic = time.time()
+        stop.deferred = True
+        progress = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None if rank == 0 else True)
+        for step, ((im_q, im_k), index) in enumerate(progress, run["step"]):
+            torch.manual_seed(seed_of(args.seed, epoch, step, rank))  # so resuming needs no random state
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch + step / steps, args)
             im_q, im_k = (im.to(device, non_blocking=True, memory_format=torch.channels_last) for im in (im_q, im_k))
@@ -220,52 +239,68 @@ def train(args):
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
-            overflow = not math.isfinite(norm.item())  # with a scaler, a step to skip
-            skipped = skipped + 1 if overflow else 0
-            if not math.isfinite(loss.item()) or skipped > (MAX_SKIPPED if scaler.is_enabled() else 0):
+            figures = torch.stack([loss.detach(), acc_inst, acc_proto, norm]).cpu()
+            overflow = not math.isfinite(figures[3])  # with a scaler, a step to skip
+            run["skipped"] += overflow
+            run["skipped_in_a_row"] = run["skipped_in_a_row"] + 1 if overflow else 0
+            if not math.isfinite(figures[0]) or run["skipped_in_a_row"] > (MAX_SKIPPED if scaler.is_enabled() else 0):
                 raise SystemExit(
                     f"stopped at epoch {epoch}, step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; "
-                    f"this step's weights were not changed; last good checkpoint: {last_checkpoint(directory)}. "
-                    "Try a lower --lr, a longer --lr-warmup or --clip-grad 1"
+                    "this step's weights were not changed; last good checkpoint: "
+                    f"{directory / 'checkpoint.pth.tar'}. Try a lower --lr, a longer --lr-warmup or --clip-grad 1"
                 )
             scaler.step(optimizer)
             scaler.update()
             model.update(k)
-            totals += torch.stack([loss.detach(), acc_inst, acc_proto, norm.nan_to_num(posinf=0.0)])
-        seconds = time.time() - tic
-
-        # -- what the epoch came to
+            run["totals"] += figures.nan_to_num(posinf=0.0)
+            run["step"] = step + 1
+            if stop.received_by_any(device):
+                run["totals"] = mean_over_ranks(run["totals"], device)
+                run["seconds"] += time.time() - tic
+                save(directory, run, model, optimizer, scaler, args)
+                stop.leave()
+        run["totals"] = mean_over_ranks(run["totals"], device)
+        run["seconds"] += time.time() - tic
         if world > 1:
-            dist.all_reduce(totals)
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
-        means = zip(("loss", "acc_inst", "acc_proto", "grad_norm"), (totals / steps / world).tolist(), strict=True)
-        row = {"epoch": epoch, **dict(means), "lr": learning_rate(epoch + 1 - 1 / steps, args)}
-        row |= {"images_per_second": steps * args.batch_size / seconds, "knn": None}
+
+        # -- what the epoch came to
+        run["clusters"], knn = None, None
         if held_out is not None and (last or (epoch + 1) % args.knn_every == 0):
-            row["knn"] = held_out_knn(model, bank, held_out, directory / "features", device, autocast)
-        log.append(row)
+            save(directory, run, model, optimizer, scaler, args)
+            stop.allow()
+            knn = held_out_knn(model, bank, held_out, extract)
+        means = zip(("loss", "acc_inst", "acc_proto", "grad_norm"), (run["totals"] / steps).tolist(), strict=True)
+        row = {"epoch": epoch, **dict(means), "lr": learning_rate(epoch + 1 - 1 / steps, args)}
+        row |= {"images_per_second": steps * args.batch_size / run["seconds"], "skipped": run["skipped"], "knn": knn}
+        run["log"].append(row)
         say(
             "epoch {epoch:3d}  loss {loss:.3f}  acc_inst {acc_inst:5.1f}  acc_proto {acc_proto:5.1f}  lr {lr:.4f}  "
             "{images_per_second:.0f} images/s".format(**row)
-            + (f"  kNN {row['knn']:.1f}" if row["knn"] else "")
+            + (f"  {row['skipped']} steps skipped" if row["skipped"] else "")
+            + (f"  kNN {knn:.1f}" if knn is not None else "")
         )
-        if leaking(log, knn_untrained):
+        if leaking(run["log"], run["knn_untrained"]):
             say(
-                f"warning: acc_inst is {row['acc_inst']:.1f} % but the kNN accuracy does not follow "
-                f"({row['knn']:.1f} %): the query finds its key by something other than what the image shows. Most "
-                "often batch-norm statistics tell which key belongs to which query; raise --bn-splits"
+                f"warning: acc_inst is {row['acc_inst']:.1f} % but the kNN accuracy does not follow ({knn:.1f} %): "
+                "the query finds its key by something other than what the image shows. Most often batch-norm "
+                "statistics tell which key belongs to which query; raise --bn-splits"
             )
         if rank == 0:
             for name, value in row.items():
                 if name != "epoch" and value is not None:
                     board.add_scalar(name, value, epoch)
-            save(directory, epoch, model, optimizer, scaler, args, log, knn_untrained, keep)
+        run |= {"epoch": epoch + 1, "step": 0, "totals": torch.zeros(4), "seconds": 0.0}
+        save(directory, run, model, optimizer, scaler, args, f"checkpoint_{epoch:04d}.pth.tar" if keep else None)
+        stop.allow()
     if rank == 0:
         board.close()
+        lock.close()
+    log = run["log"]
     reached = f"loss {log[-1]['loss']:.3f}"
     if log[-1]["knn"] is not None:
-        reached += f", kNN accuracy {log[-1]['knn']:.1f} % (untrained {knn_untrained:.1f} %)"
+        reached += f", kNN accuracy {log[-1]['knn']:.1f} % (untrained {run['knn_untrained']:.1f} %)"
     minutes = (time.time() - began) / 60
     say(f"reached {reached} after {len(log)} epochs; {len(log) - start} of them in {minutes:.1f} minutes")
     where = f" --exp-dir {args.exp_dir}" if args.exp_dir != "experiment_pcl" else ""
@@ -276,38 +311,57 @@ def train(args):
 # -- the steps of an epoch ----------------------------------------------------------------------------------------
 
 
-def e_step(model, plain, args, epoch, device, autocast, picture_of):
+def e_step(model, plain, extract, args, epoch, device, picture_of):
     """Cluster the momentum features of all training images; every rank gets the same list of Clusters.
 
     picture_of: images to draw prototypes.png from, or a false value.
     """
-    directory = Path(args.exp_dir) / "features"
-    with autocast():
-        compute_features(plain, model.encode, directory, device)
-    results = None
+    features, results = extract(model.encode, plain, "clustering"), None
     if is_main():
-        features = load_features(directory, len(plain.dataset.dataset))
         results = run_kmeans(features, args.num_cluster, args.temperature, args.seed + epoch)
         if picture_of:
-            picture = draw_prototypes(picture_of, features, results[0])
-            write_whole(Path(args.exp_dir) / "prototypes.png", lambda f: picture.save(f, "PNG"))
-        shutil.rmtree(directory)
-    return [type(clusters)(*(tensor.to(device) for tensor in clusters)) for clusters in from_main(results)]
+            file = io.BytesIO()
+            draw_prototypes(picture_of, features, results[0]).save(file, "PNG")
+            write_whole(Path(args.exp_dir) / "prototypes.png", file.getbuffer())
+    return [Clusters(*(tensor.to(device) for tensor in clusters)) for clusters in from_main(results)]
 
 
-def held_out_knn(model, bank, held_out, directory, device, autocast):
+def held_out_knn(model, bank, held_out, extract):
     """kNN accuracy in percent of the query backbone on the held-out images."""
     network = backbone(model.encoder_q).eval()
     labelled = []
-    for loader in (bank, held_out):
-        with autocast():
-            compute_features(loader, network, directory, device)
+    for loader, name in ((bank, "bank"), (held_out, "held out")):
+        features, labels = extract(network, loader, name), loader.dataset.labels
         if is_main():
-            images = loader.dataset.dataset
-            known = images.labels >= 0
-            labelled += torch.from_numpy(load_features(directory, len(images)))[known], images.labels[known]
-            shutil.rmtree(directory)
+            labelled += torch.from_numpy(features)[labels >= 0], labels[labels >= 0]
     return from_main(knn_accuracy(*labelled) if is_main() else None)
+
+
+def extract_features(model, directory, device, autocast, network, loader, name):
+    """What `network`, a part of `model`, makes of the loader's images: (n, D) on the first rank, elsewhere None.
+
+    A pass that was interrupted at these weights is taken up where it stopped; what else lies in `directory` is removed.
+    """
+    place = None
+    if is_main():
+        digest = hashlib.sha256(f"{name} {len(loader.dataset)} {loader.dataset.transform}".encode())
+        for value in model.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+        place = directory / digest.hexdigest()[:16]
+        for other in directory.glob("*"):
+            if other != place:
+                shutil.rmtree(other)
+    place, done, first = from_main((place, *saved_batches(place)) if is_main() else None)
+    left = np.setdiff1d(np.arange(len(loader.dataset)), done)
+    rank, world = ranks()
+    loader.sampler[:] = left[rank::world].tolist()
+    with autocast():
+        compute_features(loader, network, place, device, first)
+    if not is_main():
+        return None
+    features = load_features(place, len(loader.dataset))
+    shutil.rmtree(directory)
+    return features
 
 
 def thin_out(images, n):
@@ -361,20 +415,90 @@ def draw_prototypes(images, features, clusters, rows=10, columns=10, side=56):
 # -- setting up ---------------------------------------------------------------------------------------------------
 
 
+class StopSignals:
+    """Catches the signals that ask a run to end: at once or, while deferred, when the loop looks.
+
+    Either way the program ends with status 128 + the signal's number.
+    """
+
+    def __enter__(self):
+        self.received, self.deferred = 0, False
+        self.before = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, _):
+        self.received = number
+        if not self.deferred:
+            self.leave()
+
+    def allow(self):
+        self.deferred = False
+        if self.received:
+            self.leave()
+
+    def received_by_any(self, device):
+        """Whether some rank has got a signal; all ranks have to ask."""
+        if dist.is_initialized():
+            received = torch.tensor(self.received, device=device)
+            dist.all_reduce(received, dist.ReduceOp.MAX)
+            self.received = received.item()
+        return self.received > 0
+
+    def leave(self):
+        if is_main():  # print() cannot be used where a signal may have interrupted another print()
+            os.write(2, b"\nstopped by a signal; the same command with --resume goes on from here\n")
+        raise SystemExit(128 + self.received)
+
+
+def heed_the_parent_alone(_):
+    """For loader workers: a stop signal may reach all processes of a job, and this one is needed to finish the step."""
+
+    def wait():
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        threading.Thread(target=wait, daemon=True).start()
+
+
 def start_process():
     """(rank, number of processes, device), from torchrun's environment or for one process alone."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    return dist.get_rank(), dist.get_world_size(), device
+    elif "OMP_NUM_THREADS" not in os.environ:  # loader workers need cores, too: 1.5 times as fast on two of them
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    if "RANK" in os.environ:
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # nothing to listen for outside
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
+        timeout = timedelta(hours=2)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"start {restarts()}", store)  # else a restart finds the addresses of the dead
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    return *ranks(), device
+
+
+def restarts():
+    """How often `torchrun --max-restarts` has started this run again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def ranks():
+    """(this process' rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def is_main():
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return ranks()[0] == 0
 
 
 def from_main(value):
@@ -383,6 +507,18 @@ def from_main(value):
     if dist.is_initialized():
         dist.broadcast_object_list(values, 0)
     return values[0]
+
+
+def mean_over_ranks(values, device):
+    if not dist.is_initialized():
+        return values
+    values = values.to(device)
+    dist.all_reduce(values)
+    return values.cpu() / dist.get_world_size()
+
+
+def seed_of(*numbers):
+    return hash(numbers) & 0xFFFFFFFF  # of integers: the same in every process
 
 
 def share_gradients(model, device, unused):
@@ -441,12 +577,10 @@ def check(args, n, world):
         )
     if max(args.num_cluster) > n:
         fail(f"{max(args.num_cluster)} clusters are more than the {n} training images; lower --num-cluster")
-    if not 0 <= args.moco_m < 1 or not 0 <= args.momentum < 1:
-        fail("--moco-m and --momentum must be at least 0 and below 1")
-    if not 0 <= args.wd < math.inf:
-        fail(f"--wd must be at least 0, not {args.wd}")
     if args.crop_min > 1:
         fail(f"--crop-min is a part of the image's area, at most 1, not {args.crop_min}")
+    if args.resume and not Path(args.resume).exists():
+        fail(f"there is no checkpoint {args.resume}")
     try:
         build_encoder(args.arch)
     except ValueError as error:
@@ -475,63 +609,89 @@ def precision(args, device):
 # -- what a run leaves --------------------------------------------------------------------------------------------
 
 
-def save(directory, epoch, model, optimizer, scaler, args, log, knn_untrained, keep):
-    """Write log.csv and checkpoint.pth.tar, and a copy of the latter under the epoch's number where `keep`."""
-    rows = [log[0], *(["" if value is None else f"{value:.6g}" for value in row.values()] for row in log)]
-    write_whole(directory / "log.csv", lambda file: file.writelines(f"{','.join(row)}\n".encode() for row in rows))
+def reserve(directory):
+    """Create the run's directory; no other run can have it while the file that is returned is open."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / ".lock", "w")  # noqa: SIM115
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        fail(f"another run is writing to {directory}; wait for its end or name another --exp-dir")
+    except OSError as error:
+        fail(f"cannot write to {directory}: {error.strerror}; name another --exp-dir")
+
+
+def save(directory, run, model, optimizer, scaler, args, copy=None):
+    """Write log.csv and checkpoint.pth.tar, on the first rank; the latter also under the name `copy`."""
+    if not is_main():
+        return
+    if run["log"]:
+        rows = [run["log"][0], *(["" if v is None else f"{v:.6g}" for v in row.values()] for row in run["log"])]
+        write_whole(directory / "log.csv", "".join(f"{','.join(row)}\n" for row in rows).encode())
     checkpoint = {
-        "epoch": epoch + 1,
+        "epoch": run["epoch"],
         "arch": args.arch,
         "state_dict": {f"module.{name}": value for name, value in model.state_dict().items()},
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "args": vars(args),
-        "log": log,
-        "knn_untrained": knn_untrained,
+        "run": run | {"clusters": run["clusters"] and [tuple(clusters) for clusters in run["clusters"]]},
     }
-    write_whole(directory / "checkpoint.pth.tar", lambda file: torch.save(checkpoint, file))
-    if keep:
-        write_whole(directory / f"checkpoint_{epoch:04d}.pth.tar", lambda file: torch.save(checkpoint, file))
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    for name in ("checkpoint.pth.tar", copy):
+        if name is not None:
+            write_whole(directory / name, file.getbuffer())
 
 
-def write_whole(path, write):
-    """Call write(file) so that `path` holds all of what it writes or, whenever the process dies, what it held."""
+def write_whole(path, data):
+    """Make `path` hold the bytes `data` or, where the process dies or the disk is full, what it held before."""
     partial = path.with_name(path.name + ".tmp")
-    with open(partial, "wb") as file:
-        write(file)
-    os.replace(partial, path)
-
-
-def last_checkpoint(directory):
-    path = directory / "checkpoint.pth.tar"
-    return path if path.exists() else "none"
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def find_checkpoint(resume, directory):
-    """The checkpoint to go on from, read; None where there is none to go on from."""
-    if resume is None:
-        return None
-    path = Path(resume) if resume else directory / "checkpoint.pth.tar"
-    if not path.exists():
-        if resume:
-            fail(f"there is no checkpoint {path}")
-        return None
-    return read_checkpoint(path)
+    """The checkpoint to go on from: what --resume says, the latest if torchrun has restarted us; None for a new run."""
+    if resume and not restarts():
+        return Path(resume)
+    latest = directory / "checkpoint.pth.tar"
+    return latest if (resume is not None or restarts()) and latest.exists() else None
 
 
-def restore(checkpoint, model, optimizer, scaler, args):
-    """Load a checkpoint of this script. Returns (next epoch, log, kNN accuracy of the untrained network)."""
+def restore(checkpoint, run, model, optimizer, scaler, args, device):
+    """Bring `run`, the model, the optimizer and the scaler to where a checkpoint of this script stands."""
     state = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
     try:
         model.load_state_dict(state)
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        return checkpoint["epoch"], checkpoint["log"], checkpoint["knn_untrained"]
-    except (RuntimeError, ValueError, KeyError) as error:
+        stored = checkpoint["run"]
+        if any(value.dim() and value.shape != p.shape for p, s in optimizer.state.items() for value in s.values()):
+            raise ValueError
+        if any(type(stored[name]) is not type(value) for name, value in run.items() if value is not None):
+            raise TypeError
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         fail(
             f"the checkpoint (a {checkpoint['arch']}) does not fit {args.arch}, --cluster-head {args.cluster_head}, "
             f"--optim {args.optim} and the sizes worked out; give the flags it was made with ({type(error).__name__})"
         )
+    if stored["data"] != run["data"]:
+        fail("the training images are not those that the checkpoint was trained on; restore them, or start a new run")
+    batch_size = checkpoint.get("args", {}).get("batch_size")
+    if stored["step"] and args.batch_size != batch_size:
+        fail(f"the checkpoint stands in the middle of an epoch; go on with its --batch-size {batch_size}")
+    run.update(stored)
+    if run["clusters"]:
+        run["clusters"] = [Clusters(*(tensor.to(device) for tensor in clusters)) for clusters in run["clusters"]]
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 import argparse
 import contextlib
 import functools
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import main_pcl
-from features import compute_features, load_features
 from model import MoCo, build_encoder
 
 N = 23  # of images; neither 2 nor 3 divides it
@@ -26,12 +26,15 @@ def images():
     return torch.randn(N, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def clusters_of(model, rank, world, directory):
+def clusters_of(model, directory):
     """The E-step of one rank."""
-    data = Subset(TensorDataset(images(), torch.arange(N)), range(rank, N, world))
+    data = TensorDataset(images(), torch.arange(N))
+    data.transform = None
+    loader = DataLoader(data, 4, sampler=[])
     args = argparse.Namespace(exp_dir=directory, num_cluster=[3, 5], temperature=0.2, seed=0)
-    autocast = contextlib.nullcontext
-    return main_pcl.e_step(model, DataLoader(data, 4), args, 0, torch.device("cpu"), autocast, None)
+    features = Path(directory) / "features"
+    extract = functools.partial(main_pcl.extract_features, model, features, "cpu", contextlib.nullcontext)
+    return main_pcl.e_step(model, loader, extract, args, 0, "cpu", None)
 
 
 def one_rank(rank, world, directory):
@@ -43,13 +46,9 @@ def one_rank(rank, world, directory):
     _, k, _ = model(im_q, im_k)
     alone = F.normalize(model.encoder_k(im_k))
     model.update(k)
-    result = {"k": k, "alone": alone, "queue": model.queue, "clusters": clusters_of(model, rank, world, directory)}
+    main_pcl.shutil = argparse.Namespace(rmtree=lambda path: None)  # the features stay for the test to count
+    result = {"k": k, "alone": alone, "queue": model.queue, "clusters": clusters_of(model, directory)}
     torch.save(result, f"{directory}/rank_{rank}.pt")
-    compute_features(
-        DataLoader(Subset(TensorDataset(images(), torch.arange(N)), range(rank, N, world)), 4),
-        lambda x: x.flatten(1),
-        f"{directory}/kept",
-    )
     dist.destroy_process_group()
 
 
@@ -66,15 +65,14 @@ def test_ranks_share_queue_clusters_and_features(tmp_path, world):
     kept = {tuple(column) for column in ranks[0]["queue"].T.tolist()}
     assert all(tuple(key) in kept for key in keys[-16:].tolist())
 
-    saved = [torch.load(path, weights_only=True)["index"] for path in (tmp_path / "kept").iterdir()]
+    saved = [torch.load(path, weights_only=True)["index"] for path in tmp_path.glob("features/*/batch*")]
     assert torch.cat(saved).sort().values.tolist() == list(range(N))  # each once, none twice
-    torch.testing.assert_close(torch.from_numpy(load_features(tmp_path / "kept", N)), images().flatten(1))
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_clusters_are_those_of_one_process(tmp_path, world):
     model = make_model()
-    alone = clusters_of(model, 0, 1, tmp_path / "alone")
+    alone = clusters_of(model, tmp_path / "alone")
     torch.multiprocessing.spawn(one_rank_clusters, (world, str(tmp_path)), world)
     for ours, theirs in zip(torch.load(tmp_path / "clusters.pt", weights_only=False), alone, strict=True):
         assert torch.equal(ours.im2cluster, theirs.im2cluster)
@@ -84,7 +82,7 @@ def test_clusters_are_those_of_one_process(tmp_path, world):
 def one_rank_clusters(rank, world, directory):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=world)
-    clusters = clusters_of(make_model(), rank, world, directory)
+    clusters = clusters_of(make_model(), directory)
     if rank == world - 1:
         torch.save(clusters, f"{directory}/clusters.pt")
     dist.destroy_process_group()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, assert_same, fails, run, weights
 from PIL import Image
 
 import eval_lincls
@@ -16,44 +17,6 @@ import main_pcl
 from data import build_datasets
 
 ROOT = Path(main_pcl.__file__).parent
-TINY = ["-a", "resnet18_w4", "-b", "16", "--bn-splits", "2", "-j", "0", "--num-cluster", "4,8", "--pcl-r", "8"]
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """Three classes of coloured noise, 16 training and 6 held-out images each; grey, palette and RGBA among them."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for part, n in (("train", 16), ("val", 6)):
-        for label in range(3):
-            directory = root / part / f"class {label}"
-            directory.mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.integers(0, 90, (10, 12, 3), dtype=np.uint8)
-                pixels[..., label] += 150
-                image = Image.fromarray(pixels)
-                image.convert(("RGB", "L", "P", "RGBA")[i % 4]).save(directory / f"{i}.png")
-    return root
-
-
-def run(*args):
-    return main_pcl.main([str(arg) for arg in args])
-
-
-def weights(directory):
-    return torch.load(directory / "checkpoint.pth.tar", weights_only=True)["state_dict"]
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    assert not [key for key in a if not torch.equal(a[key], b[key])]
-
-
-def fails(capsys, function, *args):
-    with pytest.raises(SystemExit) as stop:
-        function([str(arg) for arg in args])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and len(error.strip().splitlines()) == 1, error
-    return error
 
 
 @pytest.mark.parametrize("amp", [[], ["--amp"], ["--amp", "--amp-dtype", "fp16"]], ids=["fp32", "bf16", "fp16"])
@@ -85,9 +48,9 @@ def test_resuming_equals_never_having_stopped(folder, tmp_path, monkeypatch):
 
     whole, parts, save = tmp_path / "whole", tmp_path / "parts", main_pcl.save
 
-    def save_and_die(directory, epoch, *rest):
-        save(directory, epoch, *rest)
-        if epoch == 1:
+    def save_and_die(directory, state, *rest):
+        save(directory, state, *rest)
+        if state["epoch"] == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(main_pcl, "save", save_and_die)
@@ -173,7 +136,7 @@ def test_warmup_beyond_the_end_is_infonce_alone(folder, tmp_path, capsys):
     [
         (["no-such-data"], "neither a folder nor"),
         (["--epochs", "0"], "at least 1"),
-        (["--lr", "-1"], "above 0"),
+        (["--lr", "-1"], "at least"),
         (["--optim", "adam"], "invalid choice"),
         (["-a", "resnet19"], "unknown arch"),
         (["--num-cluster", "2000"], "more than the 1437"),
@@ -188,6 +151,15 @@ def test_warmup_beyond_the_end_is_infonce_alone(folder, tmp_path, capsys):
 def test_bad_arguments_get_one_line(tmp_path, capsys, args, message):
     assert message in fails(capsys, main_pcl.main, *args, "--exp-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", [main_pcl, eval_lincls])
+@pytest.mark.parametrize("value", ["x", "", "-1", "nan", "inf", "1e999", "1,,2", "٣x"])
+def test_no_numeric_flag_takes_a_bad_value(capsys, script, value):
+    flags = [action.option_strings[-1] for action in script.get_parser()._actions if action.type]
+    assert len(flags) >= 5
+    for flag in flags:
+        assert flag in fails(capsys, script.main, f"{flag}={value}")
 
 
 def test_bad_folders_and_images_get_one_line(folder, tmp_path, capsys):
@@ -264,5 +236,6 @@ def test_views_follow_seed_epoch_and_index_alone():
 
 def test_the_readme_names_only_flags_that_exist():
     known = set(main_pcl.get_parser()._option_string_actions) | set(eval_lincls.get_parser()._option_string_actions)
-    torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", (ROOT / "README.md").read_text())) <= known | torchrun
+    torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts"}
+    readme = re.sub(r"#SBATCH.*", "", (ROOT / "README.md").read_text())
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", readme)) <= known | torchrun
