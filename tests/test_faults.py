@@ -23,7 +23,7 @@ from features import compute_features, load_features, saved_batches
 
 MAIN = main_pcl.__file__
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-SMALL = [*TINY, "--epochs", "4", "--warmup", "1", "--cos", "--amp", "--knn-every", "2"]
+SMALL = [*TINY, "-b", "8", "--epochs", "4", "--warmup", "1", "--cos", "--amp", "--knn-every", "2"]
 
 # main_pcl.py, with a process that ends itself at the n-th call of a function: python FILE MODULE FUNCTION N SIGNAL ...
 DYING = f"""
@@ -123,14 +123,14 @@ def test_a_signal_finishes_the_step_saves_and_ends(folder, tmp_path, whole, monk
         return info_nce(*args)
 
     monkeypatch.setattr(main_pcl, "info_nce", signalled)
-    for epoch, step in ((0, 2), (2, 1), (2, 2)):
+    for epoch, step in ((0, 2), (1, 1), (1, 2)):
         with pytest.raises(SystemExit) as stop:
             run(*options)
         assert stop.value.code == 128 + number and "--resume" in capfd.readouterr().err
         state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["run"]
         assert (state["epoch"], state["step"]) == (epoch, step)
     run(*options)
-    assert len(calls) == 12  # no step was taken twice
+    assert len(calls) == 24  # no step was taken twice
     assert_same(whole, weights(tmp_path))
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
@@ -243,7 +243,7 @@ def test_features_of_other_weights_are_not_taken_up(folder, tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(main_pcl, "load_features", die)
         run(*options)
-    assert len(list(tmp_path.glob("features/*/*.pt"))) == 3
+    assert len(list(tmp_path.glob("features/*/*.pt"))) == 2
     run(*options)
     assert len(taken_up[1][0]) == 48 and all(len(index) == 0 for index, _ in taken_up[2:])
 
@@ -277,7 +277,7 @@ def test_a_rank_that_dies_ends_the_others(folder, tmp_path, dying):
 def test_max_restarts_brings_the_run_back(folder, tmp_path, dying):
     options = [folder, *SMALL, "--exp-dir"]
     assert finish(*TORCHRUN, "--nproc_per_node=2", MAIN, *options, tmp_path / "whole").returncode == 0
-    moment = ["main_pcl", "info_nce", 5, int(signal.SIGKILL), 1]
+    moment = ["main_pcl", "info_nce", 8, int(signal.SIGKILL), 1]
     restarts = ["--nproc_per_node=2", "--max-restarts=1"]
     done = finish(*TORCHRUN, *restarts, dying, *moment, *options, tmp_path / "parts")
     assert done.returncode == 0, done.stderr[-2000:]

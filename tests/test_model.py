@@ -6,6 +6,8 @@ import pytest
 import torch
 import torchvision
 
+from cluster import run_kmeans
+from loss import info_nce, proto_nce
 from model import MoCo, SplitBatchNorm2d, build_encoder
 
 
@@ -84,13 +86,19 @@ def test_heads_and_their_gradients():
         assert trained == {"none": {"encoder_q"}, "report": {"encoder_q", "v"}, "twin": {"encoder_q", "b_q"}}[head]
 
 
-def test_a_dead_report_head_gives_no_nan():
-    model = make(cluster_head="report")
-    torch.nn.init.constant_(model.v[0].weight, 0)
-    torch.nn.init.constant_(model.v[0].bias, -1)
-    q, k, _ = model(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), clustering=True)
-    (q * k).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+@pytest.mark.parametrize("head", ["report", "twin"])
+def test_a_dead_cluster_head_gives_no_nan(head):
+    model, x = make(cluster_head=head), torch.randn(4, 3, 8, 8)
+    for layers in (model.v,) if head == "report" else (model.b_q, model.b_k):
+        last = [layer for layer in layers if isinstance(layer, torch.nn.Linear)][-1]
+        torch.nn.init.constant_(last.weight, 0)
+        torch.nn.init.constant_(last.bias, -1 if head == "report" else 0)  # below the ReLU; all outputs are zero
+    assert (model.encode(x) == 0).all()
+    clusters = run_kmeans(model.encode(x).numpy(), [2], 0.2)
+    q, k, c = model(x, x, clustering=True)
+    loss = info_nce(q, k, model.queue, 0.2)[0] + proto_nce(c, torch.arange(4), clusters, 8)[0]
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 def test_encode_is_the_momentum_branch_in_eval_mode():

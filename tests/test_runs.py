@@ -1,5 +1,6 @@
 """Whole runs in a reduced form: the README's commands, every combination, resuming, faults, several processes."""
 
+import functools
 import json
 import re
 import subprocess
@@ -90,6 +91,40 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folder, tmp_p
     with pytest.raises(SystemExit, match=r"epoch 1, step 0.*checkpoint\.pth\.tar"):
         run(folder, *TINY, "--epochs", 2, "--resume", "--exp-dir", tmp_path)
     assert_same(before, weights(tmp_path))
+
+
+def test_a_huge_learning_rate_stops_the_run(folder, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"epoch 0, step \d: the loss is (nan|inf).*last good checkpoint: \S+checkpoint"
+    ):
+        run(folder, *TINY, "--epochs", 3, "--lr", 1e9, "--exp-dir", tmp_path)
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+
+
+def test_skipped_steps_are_shown_and_too_many_in_a_row_stop_the_run(folder, tmp_path, capsys, monkeypatch):
+    """An fp16 scaler that starts from a scale that overflows finds its own by skipping steps."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
+    options = [folder, *TINY, "--amp", "--amp-dtype", "fp16", "--cluster-head", "none", "--exp-dir", tmp_path]
+    log = run(*options, "--epochs", 4)
+    assert 0 < log[0]["skipped"] <= log[-1]["skipped"] < 12 and "steps skipped" in capsys.readouterr().out
+    monkeypatch.setattr(main_pcl, "MAX_SKIPPED", 1)
+    with pytest.raises(SystemExit, match="epoch 0, step 1"):
+        run(*options, "--epochs", 4)
+
+
+def test_a_leak_is_warned_of(tmp_path, capsys):
+    """Noise with labels that mean nothing, and two views that are the same: acc_inst without anything learned."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 16), ("val", 8)):
+        for label in "abcd":
+            (tmp_path / part / label).mkdir(parents=True)
+            for i in range(n):
+                noise = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+                noise.save(tmp_path / part / label / f"{i}.png")
+    options = [*TINY, "--pcl-r", 32, "--bn-splits", 1, "--epochs", 3, "--knn-every", 1, "--exp-dir", tmp_path / "run"]
+    same = ["--no-aug-plus", "--no-color-jitter", "--no-grayscale", "--no-flip", "--crop-min", 1]
+    run(tmp_path, *options, *same)
+    assert "warning: acc_inst is" in capsys.readouterr().out
 
 
 def test_the_leak_warning_needs_both_signs():
