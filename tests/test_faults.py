@@ -27,7 +27,10 @@ SMALL = [*TINY, "-b", "8", "--epochs", "4", "--warmup", "1", "--cos", "--amp", "
 
 # main_pcl.py, with a process that ends itself at the n-th call of a function: python FILE MODULE FUNCTION N SIGNAL ...
 DYING = f"""
-import importlib, os, sys
+import importlib, os, sys, time
+restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+if restarted and os.environ["RANK"] == "0":
+    time.sleep(3)  # the other ranks look for this one's address before it has a new one
 sys.path.insert(0, {str(Path(MAIN).parent)!r})
 import main_pcl
 module, function, n, number, rank = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
@@ -37,9 +40,7 @@ original, calls = getattr(module, function), []
 
 def dying(*args, **kwargs):
     calls.append(0)
-    if len(calls) == n and os.environ.get("RANK", "0") == str(rank) and not int(
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    ):
+    if len(calls) == n and os.environ.get("RANK", "0") == str(rank) and not restarted:
         os.kill(os.getpid(), number)
     return original(*args, **kwargs)
 
