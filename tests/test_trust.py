@@ -293,6 +293,17 @@ def test_nothing_listens_for_others(folder, tmp_path):
     assert set(addresses) <= {"0100007F", "00000000000000000000000001000000"}
 
 
+@pytest.mark.parametrize("machines", [1, 2])
+def test_ranks_of_one_machine_keep_to_the_loopback_device(monkeypatch, machines):
+    """Wherever the machine's own name leads to, which gloo would follow."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": str(2 * machines), "LOCAL_WORLD_SIZE": "2"})
+    monkeypatch.setattr(main_pcl.dist, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 2)]))
+    monkeypatch.setattr(main_pcl.dist, "init_process_group", lambda *_, **__: None)
+    main_pcl.start_process()
+    assert [os.environ.get(name) for name in names] == ([None, None] if machines == 2 else ["lo", "lo"])
+
+
 def test_only_the_named_directories_are_written(folder, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
