@@ -151,6 +151,8 @@ def test_a_signal_between_the_steps(folder, tmp_path, whole, monkeypatch, phase)
     with pytest.raises(SystemExit) as stop:
         run(*options)
     assert stop.value.code == 128 + signal.SIGTERM
+    state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["run"]
+    assert (state["epoch"], state["step"]) == {"run_kmeans": (2, 0), "knn_accuracy": (1, 6), "save": (1, 0)}[phase]
     run(*options)
     assert_same(whole, weights(tmp_path))
 
