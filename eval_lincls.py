@@ -10,6 +10,7 @@ stand an untrained one and the raw pixels. Linear probe: MoCo (arXiv 1911.05722,
 """
 
 import argparse
+import math
 import sys
 import tempfile
 import zipfile
@@ -258,20 +259,24 @@ def default_num_cluster(n):
     return [min(n, max(2, round(k * n / REFERENCE))) for k in (25_000, 50_000, 100_000)]
 
 
-def in_range(kind, low, below=float("inf")):
-    """An argparse type: numbers of `kind` from `low` to less than `below`."""
+def in_range(kind, low, below=math.inf, above_low=False):
+    """An argparse type: finite numbers of `kind` from `low`, or with `above_low` beyond it, to less than `below`."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"must be at least {low} and below {below}, not {text}")
+        if not low <= value < below or (above_low and value == low):
+            limit = f"{'above' if above_low else 'at least'} {low}" + (
+                f" and below {below}" if below < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's own message
     return parse
 
 
-positive_int, nonnegative_int, positive_float = in_range(int, 1), in_range(int, 0), in_range(float, 1e-9)
+positive_int, nonnegative_int = in_range(int, 1), in_range(int, 0)
+positive_float = in_range(float, 0, above_low=True)
 
 
 def cluster_numbers(text):

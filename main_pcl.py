@@ -255,12 +255,12 @@ def train(args, stop):
             run["totals"] += figures.nan_to_num(posinf=0.0)
             run["step"] = step + 1
             if stop.received_by_any(device):
-                run["totals"] = mean_over_ranks(run["totals"], device)
-                run["seconds"] += time.time() - tic
-                save(directory, run, model, optimizer, scaler, args)
-                stop.leave()
+                break
         run["totals"] = mean_over_ranks(run["totals"], device)
         run["seconds"] += time.time() - tic
+        if stop.received:
+            save(directory, run, model, optimizer, scaler, args)
+            stop.leave()
         if world > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
@@ -342,7 +342,7 @@ def extract_features(model, directory, device, autocast, network, loader, name):
 
     A pass that was interrupted at these weights is taken up where it stopped; what else lies in `directory` is removed.
     """
-    place = None
+    found = None
     if is_main():
         digest = hashlib.sha256(f"{name} {len(loader.dataset)} {loader.dataset.transform}".encode())
         for value in model.state_dict().values():
@@ -351,7 +351,8 @@ def extract_features(model, directory, device, autocast, network, loader, name):
         for other in directory.glob("*"):
             if other != place:
                 shutil.rmtree(other)
-    place, done, first = from_main((place, *saved_batches(place)) if is_main() else None)
+        found = place, *saved_batches(place)
+    place, done, first = from_main(found)
     left = np.setdiff1d(np.arange(len(loader.dataset)), done)
     rank, world = ranks()
     loader.sampler[:] = left[rank::world].tolist()

@@ -198,7 +198,7 @@ def full_disk():
     return limit
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, capsys, monkeypatch, full_disk):
+def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, capsys, full_disk):
     options = [folder, *SMALL, "--exp-dir", tmp_path, "--resume"]
     run(*options[:-1], "--epochs", 1)
     before = weights(tmp_path)

@@ -26,15 +26,19 @@ def images():
     return torch.randn(N, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def clusters_of(model, directory):
-    """The E-step of one rank."""
+def feature_pass(model, directory):
+    """The images' loader, and what main_pcl.py passes over them with."""
     data = TensorDataset(images(), torch.arange(N))
     data.transform = None
-    loader = DataLoader(data, 4, sampler=[])
-    args = argparse.Namespace(exp_dir=directory, num_cluster=[3, 5], temperature=0.2, seed=0)
     features = Path(directory) / "features"
     extract = functools.partial(main_pcl.extract_features, model, features, "cpu", contextlib.nullcontext)
-    return main_pcl.e_step(model, loader, extract, args, 0, "cpu", None)
+    return DataLoader(data, 4, sampler=[]), extract
+
+
+def clusters_of(model, directory):
+    """The E-step of one rank."""
+    args = argparse.Namespace(exp_dir=directory, num_cluster=[3, 5], temperature=0.2, seed=0)
+    return main_pcl.e_step(model, *feature_pass(model, directory), args, 0, "cpu", None)
 
 
 def one_rank(rank, world, directory):
@@ -46,8 +50,11 @@ def one_rank(rank, world, directory):
     _, k, _ = model(im_q, im_k)
     alone = F.normalize(model.encoder_k(im_k))
     model.update(k)
+    loader, extract = feature_pass(model, directory)
+    pixels = extract(lambda x: x.flatten(1), loader, "pixels")
     main_pcl.shutil = argparse.Namespace(rmtree=lambda path: None)  # the features stay for the test to count
     result = {"k": k, "alone": alone, "queue": model.queue, "clusters": clusters_of(model, directory)}
+    result["pixels"] = pixels
     torch.save(result, f"{directory}/rank_{rank}.pt")
     dist.destroy_process_group()
 
@@ -67,6 +74,7 @@ def test_ranks_share_queue_clusters_and_features(tmp_path, world):
 
     saved = [torch.load(path, weights_only=True)["index"] for path in tmp_path.glob("features/*/batch*")]
     assert torch.cat(saved).sort().values.tolist() == list(range(N))  # each once, none twice
+    torch.testing.assert_close(torch.from_numpy(ranks[0]["pixels"]), images().flatten(1))
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -171,7 +171,7 @@ def test_warmup_beyond_the_end_is_infonce_alone(folder, tmp_path, capsys):
     [
         (["no-such-data"], "neither a folder nor"),
         (["--epochs", "0"], "at least 1"),
-        (["--lr", "-1"], "at least"),
+        (["--lr", "-1"], "above 0"),
         (["--optim", "adam"], "invalid choice"),
         (["-a", "resnet19"], "unknown arch"),
         (["--num-cluster", "2000"], "more than the 1437"),
