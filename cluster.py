@@ -1,7 +1,7 @@
 """k-means at several granularities, and the concentration of each cluster: the E-step of PCL.
 
-PCL (Li, Zhou, Xiong, Hoi, ICLR 2021, arXiv 2005.04966), algorithm 1 and eq. 12. The k-means is faiss's, on the GPU
-where faiss sees one.
+PCL (Li, Zhou, Xiong, Hoi, ICLR 2021, arXiv 2005.04966), algorithm 1 and eq. 12. The k-means is faiss's; on a GPU
+that faiss does not see, as where faiss-gpu is not installed, it is torch's matrix products.
 
     clusters = run_kmeans(features, num_cluster=[25000, 50000, 100000], temperature=0.2)
     im2cluster, centroids, density = clusters[0]
@@ -22,33 +22,73 @@ class Clusters(NamedTuple):
     density: torch.Tensor  # (K,) float32 > 0, the concentration phi, a temperature per prototype
 
 
-def run_kmeans(features, num_cluster, temperature, seed=0, niter=20):
+def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
     """Cluster `features` (M, D) once for each number in `num_cluster`.
 
+    features: an array in memory, or a memory-mapped one: each iteration is one pass over it from front to back.
     temperature: the mean of the concentrations. niter: k-means iterations.
+    init: centroids to start from, one (K, D) per granularity, such as the prototypes of an epoch ago; then half of
+        `niter` is enough. None: random samples.
     Returns a list of Clusters, in the order of `num_cluster`. Samples go to the nearest raw centroid; the centroids
     are normalised after that. Raises ValueError where a number is below 1 or exceeds M.
     """
     features = np.ascontiguousarray(features, dtype=np.float32)
     results = []
-    for k in num_cluster:
+    for k, start in zip(num_cluster, init or [None] * len(num_cluster), strict=True):
         if not 1 <= k <= len(features):
             raise ValueError(f"cannot make {k} clusters of {len(features)} samples")
-        kmeans = faiss.Kmeans(
-            features.shape[1],
-            k,
-            niter=niter,
-            seed=seed,
-            gpu=faiss.get_num_gpus() > 0,
-            min_points_per_centroid=1,
-            max_points_per_centroid=1000,
-        )
-        kmeans.train(features)
-        squared, assignment = kmeans.assign(features)
-        centroids = kmeans.centroids / np.linalg.norm(kmeans.centroids, axis=1, keepdims=True).clip(1e-12)
+        start = None if start is None else np.ascontiguousarray(start, dtype=np.float32)
+        kmeans = _torch_kmeans if torch.cuda.is_available() and not faiss.get_num_gpus() else _faiss_kmeans
+        centroids, squared, assignment = kmeans(features, k, niter, seed, start)
+        centroids = centroids / np.linalg.norm(centroids, axis=1, keepdims=True).clip(1e-12)
         density = concentration(np.sqrt(squared.clip(0)), assignment, k, temperature)
         results.append(Clusters(*map(torch.from_numpy, (assignment.astype(np.int64), centroids, density))))
     return results
+
+
+def _faiss_kmeans(features, k, niter, seed, start):
+    """(centroids (k, D), squared distance to the nearest (M,), its number (M,))."""
+    kmeans = faiss.Kmeans(
+        features.shape[1],
+        k,
+        niter=niter,
+        seed=seed,
+        gpu=faiss.get_num_gpus() > 0,
+        min_points_per_centroid=1,
+        max_points_per_centroid=1000,
+    )
+    kmeans.train(features, init_centroids=start)
+    return kmeans.centroids, *kmeans.assign(features)
+
+
+def _torch_kmeans(features, k, niter, seed, start, device="cuda"):
+    """The same on `device`, in chunks of features whose distances to all centroids take a gigabyte."""
+    rng = np.random.default_rng(seed)
+    if start is None:
+        start = features[np.sort(rng.choice(len(features), k, replace=False))]
+    centroids = torch.from_numpy(start).to(device)
+
+    def nearest():
+        half = centroids.square().sum(1) / 2
+        for first in range(0, len(features), max(1, 2**28 // k)):
+            x = torch.from_numpy(features[first : first + max(1, 2**28 // k)]).to(device)
+            distance, number = torch.addmm(half, x, centroids.T, alpha=-1).min(1)  # half of (x - c)^2 - x^2
+            yield x, 2 * distance + x.square().sum(1), number
+
+    for _ in range(niter):
+        sums, size = torch.zeros_like(centroids), torch.zeros(k, dtype=torch.long, device=device)
+        for x, _, number in nearest():
+            sums.index_add_(0, number, x)
+            size += number.bincount(minlength=k)
+        centroids = sums / size.clamp(min=1)[:, None]
+        empty = (size == 0).nonzero()[:, 0]  # each gets half of a cluster of some size, as in faiss
+        chances = (size.cpu().numpy() - 1).clip(0).astype(float)
+        if len(empty) and chances.any():
+            split = torch.from_numpy(rng.choice(k, len(empty), p=chances / chances.sum())).to(device)
+            centroids[empty] = centroids[split] * (1 + 2**-10)
+            centroids[split] *= 1 - 2**-10
+    squared, assignment = zip(*((d.cpu(), number.cpu()) for _, d, number in nearest()), strict=True)
+    return centroids.cpu().numpy(), torch.cat(squared).numpy(), torch.cat(assignment).numpy()
 
 
 def concentration(distances, im2cluster, num_cluster, temperature):

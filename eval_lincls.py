@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cluster import run_kmeans
-from data import DataError, Images, build_datasets, linear_view
+from data import DataError, Images, as_it_is, build_datasets, linear_view, normalize
 from features import compute_features, load_features
 from model import backbone, build_encoder
 
@@ -115,7 +115,8 @@ def evaluate(args, encoder, arch, datasets, num_cluster, flip):
 def extract(network, images, batch_size, workers, device):
     """Features of `images` in data set order: (n, D) float32 on `device`."""
     with tempfile.TemporaryDirectory() as directory:
-        compute_features(DataLoader(images, batch_size, num_workers=workers), network, directory, device)
+        loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=as_it_is)
+        compute_features(loader, lambda pixels: network(normalize(pixels)), directory, device)
         return torch.from_numpy(load_features(directory, len(images))).to(device)
 
 
@@ -134,7 +135,8 @@ def stored_batches(features, labels, batch_size):
 
 def augmented_batches(network, images, batch_size, workers, device):
     """An epoch's batches of features of random crops, computed anew each time it is called."""
-    loader = DataLoader(images, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    loading = {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": as_it_is}
+    loader = DataLoader(images, batch_size, shuffle=True, **loading)
 
     def batches(epoch):
         images.set_epoch(epoch)
@@ -142,7 +144,7 @@ def augmented_batches(network, images, batch_size, workers, device):
             labels = images.labels[index]
             known = labels >= 0
             with torch.no_grad():
-                features = network(views[known].to(device))
+                features = network(normalize(views[known].to(device)))
             yield features, labels[known].to(device)
 
     return batches

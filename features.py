@@ -41,14 +41,19 @@ def compute_features(loader, model, directory, device="cpu", first=0):
         dist.barrier()
     progress = tqdm(loader, desc="features", leave=False, disable=None if rank == 0 else True)
     for i, (images, index) in enumerate(progress):
-        features = model(images.to(device, non_blocking=True)).float().cpu()
-        path = directory / f"batch_{first + i * world + rank}_features.pt"
-        file = io.BytesIO()  # torch's own writer does not say that a disk is full
-        torch.save({"index": torch.as_tensor(index), "features": features}, file)
-        Path(f"{path}.tmp").write_bytes(file.getbuffer())
-        os.replace(f"{path}.tmp", path)
+        features = model(images.to(device, non_blocking=True))
+        save_batch(directory, first + i * world + rank, index, features)
     if distributed:
         dist.barrier()
+
+
+def save_batch(directory, number, index, features):
+    """Write `directory`/batch_{number}_features.pt: whole or not at all. index: (B,) int64; features: (B, D)."""
+    path = Path(directory) / f"batch_{number}_features.pt"
+    file = io.BytesIO()  # torch's own writer does not say that a disk is full
+    torch.save({"index": torch.as_tensor(index), "features": features.float().cpu()}, file)
+    Path(f"{path}.tmp").write_bytes(file.getbuffer())
+    os.replace(f"{path}.tmp", path)
 
 
 def saved_batches(directory):
@@ -70,10 +75,13 @@ def _number(path):
     return int(path.name.split("_")[1])
 
 
-def load_features(directory, n):
+def load_features(directory, n, memory_map=None):
     """The saved features of samples 0 to n - 1 in data set order: (n, D) float32 array.
 
-    Raises ValueError where samples are missing (saying how many and which), or where a saved index is not below n.
+    memory_map: path of a file to keep the array in, so that it need not fit in memory; np.load(path, mmap_mode="r")
+        opens it again.
+    Raises ValueError where samples are missing (saying how many and which), or where a saved index is not below n,
+    and OSError where the disk has no room for the file.
     """
     features, seen = None, np.zeros(n, dtype=bool)
     for path in Path(directory).glob("batch_*_features.pt"):
@@ -82,7 +90,7 @@ def load_features(directory, n):
         if index.size and (index.min() < 0 or index.max() >= n):
             raise ValueError(f"{path} holds a sample outside 0 to {n - 1}: the features are of another data set")
         if features is None:
-            features = np.empty((n, batch["features"].shape[1]), dtype=np.float32)
+            features = _empty((n, batch["features"].shape[1]), memory_map)
         features[index] = batch["features"].numpy()
         seen[index] = True
     missing = np.flatnonzero(~seen)
@@ -90,3 +98,14 @@ def load_features(directory, n):
         some = ", ".join(map(str, missing[:5])) + (", ..." if missing.size > 5 else "")
         raise ValueError(f"{directory} lacks the features of {missing.size} of {n} samples: {some}")
     return features
+
+
+def _empty(shape, path):
+    """A float32 array without values, in memory or in the file `path`."""
+    if path is None:
+        return np.empty(shape, dtype=np.float32)
+    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    if hasattr(os, "posix_fallocate"):  # a disk that fills up while the array is written would kill the process
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return array

@@ -39,14 +39,12 @@ def proto_nce(q, index, clusters, num_negatives):
     losses, accs = [], []
     with torch.autocast(q.device.type, enabled=False):
         for im2cluster, centroids, density in clusters:
-            target = im2cluster[index]
-            chosen, surplus = _choose_prototypes(target, len(centroids), num_negatives)
-            if chosen is not None:
+            target, bias = im2cluster[index], None
+            if len(centroids) > num_negatives + 1:
+                chosen, bias, target = _choose_prototypes(target, len(centroids), num_negatives)
                 centroids, density = centroids[chosen], density[chosen]
-                target = torch.searchsorted(chosen, target)
-            logits = q.float() @ centroids.T / density
-            if surplus is not None:
-                logits = logits.masked_fill(surplus, -torch.inf)
+            prototypes = (centroids / density[:, None]).T  # fewer numbers to divide than the logits are
+            logits = q.float() @ prototypes if bias is None else torch.addmm(bias, q.float(), prototypes)
             loss, acc = _cross_entropy(logits, target)
             losses.append(loss)
             accs.append(acc)
@@ -56,27 +54,28 @@ def proto_nce(q, index, clusters, num_negatives):
 def _choose_prototypes(target, num_cluster, num_negatives):
     """The prototypes that one batch is compared with: its own, and `num_negatives` of the others at random.
 
-    target: (N,) the prototype of each sample. Returns (chosen, surplus): ascending prototype numbers (S,), S fixed
-    by the arguments' sizes so that no device has to wait for the host, and a mask (S,) of those that are one too
-    many because samples share a prototype. (None, None) stands for all prototypes.
+    target: (N,) the prototype of each sample. Returns chosen (S,) prototype numbers, S fixed by the arguments' sizes
+    so that no device has to wait for the host; bias (S,), to add to the logits: 0, or -inf for those that are one too
+    many because samples share a prototype; and (N,) where in `chosen` each sample's own prototype is.
     """
-    if num_cluster <= num_negatives + 1:
-        return None, None
-    priority = torch.randperm(num_cluster, device=target.device)
-    priority[target] = num_cluster  # the batch's own come first
-    size = min(num_cluster, num_negatives + len(target))
-    top, chosen = priority.topk(size)
-    own = (top == num_cluster).sum()
-    last = top[(own + num_negatives).clamp(max=size) - 1]
-    chosen = chosen.sort().values
-    return chosen, priority[chosen] < last
+    n = len(target)
+    order = torch.arange(n, device=target.device)
+    owner = torch.full((num_cluster,), n, device=target.device).scatter_reduce_(0, target, order, "amin")
+    others = torch.randperm(num_cluster, device=target.device)[: num_negatives + n]
+    free = owner[others] == n
+    keep = torch.cat([owner[target] == order, free & (free.cumsum(0) <= num_negatives)])
+    bias = torch.zeros(len(keep), device=target.device).masked_fill_(~keep, -torch.inf)
+    return torch.cat([target, others]), bias, owner[target]
 
 
 def _cross_entropy(logits, target):
-    """Mean cross-entropy, and the percentage of rows whose target logit exceeds all others.
+    """Mean cross-entropy, and the percentage of rows whose target logit exceeds all others; overwrites `logits`.
 
     A tie is no hit: where all features have collapsed onto one point every logit is the same, and counting the
     first of them as the maximum would report an accuracy of 100 %.
     """
-    hit = (logits >= logits.gather(1, target[:, None])).sum(1) == 1
-    return F.cross_entropy(logits, target), 100 * hit.float().mean()
+    loss = F.cross_entropy(logits, target)
+    with torch.no_grad():  # the loss keeps none of the logits for its gradient
+        own = logits.gather(1, target[:, None])
+        others = logits.scatter_(1, target[:, None], -torch.inf).amax(1, keepdim=True)
+        return loss, 100 * (own > others).float().mean()

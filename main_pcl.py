@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from cluster import Clusters, run_kmeans
-from data import SMALL, DataError, Images, build_datasets
+from data import SMALL, DataError, Images, RandomView, as_it_is, build_datasets, normalize
 from eval_lincls import (
     cluster_numbers,
     default_num_cluster,
@@ -49,7 +49,7 @@ from eval_lincls import (
     positive_int,
     read_checkpoint,
 )
-from features import compute_features, load_features, saved_batches
+from features import compute_features, load_features, save_batch, saved_batches
 from loss import info_nce, proto_nce
 from model import MoCo, backbone, build_encoder
 
@@ -58,6 +58,7 @@ AUGMENTATION = ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "fl
 SIZES = ("arch", "stem", "batch_size", "lr", "pcl_r", "num_cluster", "moco_m", "bn_splits", "cluster_head", "workers")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends the last ahead of a job's end
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip for an overflow
+LOOK_EVERY = 20  # steps between the moments when the host waits for the device, to see the figures of those steps
 MAX_BANK = 50_000  # images that the kNN accuracy during training looks at; the evaluation script takes all
 
 
@@ -80,7 +81,12 @@ def get_parser():
     add("--grayscale", action=switch, default=True)
     add("--blur", action=switch, help="default: above 64 pixels only, below it erases what there is")
     add("--flip", action=switch, help="default: on, but for digits, where a mirror image is another sign")
-    add("-j", "--workers", type=nonnegative_int, help="processes per rank that load images; default: cores, at most 8")
+    add(
+        "-j",
+        "--workers",
+        type=nonnegative_int,
+        help="processes per rank that load images, where these are not kept in memory; default: cores, at most 8",
+    )
 
     add = parser.add_argument_group("model").add_argument
     add("-a", "--arch", help="resnet18, 34, 50, ...; resnet18_w16: 16 channels wide, not 64; default by image size")
@@ -95,6 +101,12 @@ def get_parser():
     add("--pcl-r", type=positive_int, help="queue length and number of negative prototypes; default by data, 16384")
     add("--temperature", type=positive_float, default=0.2)
     add("--num-cluster", type=cluster_numbers, help="comma-separated; default by data, 25000,50000,100000 for ImageNet")
+    add(
+        "--features",
+        choices=("keys", "pass"),
+        default="keys",
+        help="what is clustered: the keys of the epoch just trained, or what a pass over the plain images gives",
+    )
     add("--warmup", "--warmup-epoch", type=nonnegative_int, default=20, help="epochs of InfoNCE alone")
 
     add = parser.add_argument_group("optimization").add_argument
@@ -146,6 +158,11 @@ def train(args, stop):
     vars(args).update(datasets.augmentation)
     fill_in_defaults(args, datasets, world)
     check(args, len(datasets.train), world)
+    kept = datasets.keep(device)
+    if kept:
+        args.workers = 0
+    elif device.type == "cpu" and args.workers and "OMP_NUM_THREADS" not in os.environ:  # workers need cores, too
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     directory = Path(args.exp_dir)
 
     # -- model, optimizer, precision
@@ -169,7 +186,8 @@ def train(args, stop):
         say(f"resumed at epoch {run['epoch']}, step {run['step']}")
 
     # -- data
-    loading = {"num_workers": args.workers, "persistent_workers": args.workers > 0, "pin_memory": device.type == "cuda"}
+    loading = {"num_workers": args.workers, "persistent_workers": args.workers > 0, "collate_fn": as_it_is}
+    loading["pin_memory"] = device.type == "cuda" and not kept
     loading["generator"] = torch.Generator()  # of the workers' seeds, so that their number leaves other draws alone
     loading["worker_init_fn"] = heed_the_parent_alone
     local_batch = args.batch_size // world
@@ -196,7 +214,8 @@ def train(args, stop):
     save(directory, run, model, optimizer, scaler, args)
     say(
         f"{args.data or 'digits'}: {len(datasets.train)} training images, {len(datasets.val or ())} held out, "
-        f"{len(datasets.classes)} classes, {args.image_size} pixels; on {world} x {device.type}"
+        f"{len(datasets.classes)} classes, {args.image_size} pixels, {'kept in memory' if kept else 'read as needed'}; "
+        f"on {world} x {device.type}"
     )
     say(", ".join(f"{name} {getattr(args, name)}" for name in SIZES))
     if args.warmup >= args.epochs:
@@ -209,54 +228,51 @@ def train(args, stop):
     began, start = time.time(), run["epoch"]
     for epoch in range(start, args.epochs):
         last = epoch == args.epochs - 1
-        keep = last or (epoch + 1) % max(1, args.epochs // 10) == 0
         if epoch in (start, args.warmup):
             forward = share_gradients(model, device, unused=epoch < args.warmup and args.cluster_head != "none")
-        if epoch >= args.warmup and run["clusters"] is None and run["step"] < steps:
-            run["clusters"] = e_step(model, plain, extract, args, epoch, device, keep and datasets.plain)
-        clusters = run["clusters"]
+        if epoch >= args.warmup and run["clusters"] is None:
+            run["clusters"] = e_step(model, plain, extract, args, epoch, None, device, to_keep(epoch, args))
+        clusters = run["clusters"] if epoch >= args.warmup else None
+        keys = directory / "keys" if args.features == "keys" and epoch + 1 >= args.warmup and not last else None
+        if keys is not None:
+            make_room(keys, empty=run["step"] == 0)
         datasets.train.set_epoch(epoch)
         order = torch.randperm(len(datasets.train), generator=torch.Generator().manual_seed(seed_of(args.seed, epoch)))
         loader.sampler[:] = order[run["step"] * args.batch_size : steps * args.batch_size][rank::world].tolist()
         model.train()
-        tic = time.time()
+        tic, recent = time.time(), []
         stop.deferred = True
         progress = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None if rank == 0 else True)
-        for step, ((im_q, im_k), index) in enumerate(progress, run["step"]):
+        for step, (images, index) in enumerate(progress, run["step"]):
             torch.manual_seed(seed_of(args.seed, epoch, step, rank))  # so resuming needs no random state
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch + step / steps, args)
-            im_q, im_k = (im.to(device, non_blocking=True, memory_format=torch.channels_last) for im in (im_q, im_k))
+            generator = torch.Generator().manual_seed(seed_of(args.seed, epoch, step))
+            draws = torch.rand(2, args.batch_size, RandomView.DRAWS, generator=generator)[:, rank::world]
+            im_q, im_k = datasets.two_views(images_to(device, images), draws)
             with autocast():
-                q, k, c = forward(im_q, im_k, clusters is not None)
+                q, k, c, to_cluster = forward(im_q, im_k, clusters is not None, features=True)
             loss, acc_inst = info_nce(q, k, model.queue, args.temperature)
             acc_proto = torch.zeros_like(acc_inst)
             if clusters is not None:
-                loss_proto, acc_proto = proto_nce(c, index.to(device), clusters, args.pcl_r)
+                loss_proto, acc_proto = proto_nce(c, index.to(device, non_blocking=True), clusters, args.pcl_r)
                 loss = loss + loss_proto
 
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
-            figures = torch.stack([loss.detach(), acc_inst, acc_proto, norm]).cpu()
-            overflow = not math.isfinite(figures[3])  # with a scaler, a step to skip
-            run["skipped"] += overflow
-            run["skipped_in_a_row"] = run["skipped_in_a_row"] + 1 if overflow else 0
-            if not math.isfinite(figures[0]) or run["skipped_in_a_row"] > (MAX_SKIPPED if scaler.is_enabled() else 0):
-                raise SystemExit(
-                    f"stopped at epoch {epoch}, step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; "
-                    "this step's weights were not changed; last good checkpoint: "
-                    f"{directory / 'checkpoint.pth.tar'}. Try a lower --lr, a longer --lr-warmup or --clip-grad 1"
-                )
             scaler.step(optimizer)
             scaler.update()
             model.update(k)
-            run["totals"] += figures.nan_to_num(posinf=0.0)
+            recent.append((step, index, to_cluster, torch.stack([loss.detach(), acc_inst, acc_proto, norm])))
             run["step"] = step + 1
-            if stop.received_by_any(device):
+            if len(recent) == LOOK_EVERY:
+                look_at(recent, run, keys, args, scaler.is_enabled())
+            if stop.received_by_any():
                 break
-        run["totals"] = mean_over_ranks(run["totals"], device)
+        look_at(recent, run, keys, args, scaler.is_enabled())
+        run["totals"] = mean_over_ranks(run["totals"])
         run["seconds"] += time.time() - tic
         if stop.received:
             save(directory, run, model, optimizer, scaler, args)
@@ -265,12 +281,19 @@ def train(args, stop):
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
-        # -- what the epoch came to
-        run["clusters"], knn = None, None
-        if held_out is not None and (last or (epoch + 1) % args.knn_every == 0):
+        # -- what the epoch came to, and the next one's clusters
+        evaluate = held_out is not None and (last or (epoch + 1) % args.knn_every == 0)
+        cluster = epoch + 1 >= args.warmup and not last
+        if evaluate or cluster:
             save(directory, run, model, optimizer, scaler, args)
             stop.allow()
-            knn = held_out_knn(model, bank, held_out, extract)
+        knn = held_out_knn(model, bank, held_out, extract) if evaluate else None
+        if cluster:
+            picture = to_keep(epoch + 1, args)
+            next_clusters = e_step(model, plain, extract, args, epoch + 1, run["clusters"], device, picture, keys)
+        else:
+            next_clusters = None
+        stop.deferred = True
         means = zip(("loss", "acc_inst", "acc_proto", "grad_norm"), (run["totals"] / steps).tolist(), strict=True)
         row = {"epoch": epoch, **dict(means), "lr": learning_rate(epoch + 1 - 1 / steps, args)}
         row |= {"images_per_second": steps * args.batch_size / run["seconds"], "skipped": run["skipped"], "knn": knn}
@@ -291,11 +314,15 @@ def train(args, stop):
             for name, value in row.items():
                 if name != "epoch" and value is not None:
                     board.add_scalar(name, value, epoch)
-        run |= {"epoch": epoch + 1, "step": 0, "totals": torch.zeros(4), "seconds": 0.0}
-        save(directory, run, model, optimizer, scaler, args, f"checkpoint_{epoch:04d}.pth.tar" if keep else None)
+        run |= {"epoch": epoch + 1, "step": 0, "totals": torch.zeros(4), "seconds": 0.0, "clusters": next_clusters}
+        copy = f"checkpoint_{epoch:04d}.pth.tar" if to_keep(epoch, args) else None
+        save(directory, run, model, optimizer, scaler, args, copy)
+        if rank == 0:
+            shutil.rmtree(directory / "keys", ignore_errors=True)  # not before: the E-step may have to be done again
         stop.allow()
     if rank == 0:
         board.close()
+        shutil.rmtree(directory / "features", ignore_errors=True)
         lock.close()
     log = run["log"]
     reached = f"loss {log[-1]['loss']:.3f}"
@@ -311,19 +338,68 @@ def train(args, stop):
 # -- the steps of an epoch ----------------------------------------------------------------------------------------
 
 
-def e_step(model, plain, extract, args, epoch, device, picture_of):
-    """Cluster the momentum features of all training images; every rank gets the same list of Clusters.
+def look_at(recent, run, keys, args, scaling):
+    """Take over what the `recent` steps have left on the device, and empty the list; the host waits for it here.
 
-    picture_of: images to draw prototypes.png from, or a false value.
+    recent: of each step its number, the samples' positions, their features to cluster, and its loss, two accuracies and
+    gradient norm. The figures go into `run`, the features into the directory `keys`. Ends the program where a loss is
+    not finite, or a gradient, unless a gradient scaler is at work and it is one of few in a row.
     """
-    features, results = extract(model.encode, plain, "clustering"), None
+    for step, index, features, figures in recent:
+        loss, *_, norm = figures = figures.cpu()
+        overflow = not math.isfinite(norm)  # with a scaler, a step that was skipped
+        run["skipped"] += overflow
+        run["skipped_in_a_row"] = run["skipped_in_a_row"] + 1 if overflow else 0
+        if not math.isfinite(loss) or run["skipped_in_a_row"] > (MAX_SKIPPED if scaling else 0):
+            raise SystemExit(
+                f"stopped at epoch {run['epoch']}, step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}"
+                f"; last good checkpoint: {Path(args.exp_dir) / 'checkpoint.pth.tar'}. Try a lower --lr, a longer "
+                "--lr-warmup or --clip-grad 1"
+            )
+        run["totals"] += figures.nan_to_num(posinf=0.0)
+        if keys is not None:
+            save_batch(keys, step * args.batch_size + ranks()[0], index, features)
+    recent.clear()
+
+
+def e_step(model, plain, extract, args, epoch, previous, device, picture, keys=None):
+    """Cluster features of all training images for `epoch`; every rank gets the same list of Clusters.
+
+    previous: the Clusters to start from, or None. keys: the directory with the features that training has left; those
+    of samples that it left out, and without `keys` all, are computed from the plain images. The granularities are
+    spread over the ranks. picture: whether to draw prototypes.png.
+    """
+    place = extract(model.encode, plain, "clustering", keys)
+    file = place / "features.npy"
     if is_main():
-        results = run_kmeans(features, args.num_cluster, args.temperature, args.seed + epoch)
-        if picture_of:
-            file = io.BytesIO()
-            draw_prototypes(picture_of, features, results[0]).save(file, "PNG")
-            write_whole(Path(args.exp_dir) / "prototypes.png", file.getbuffer())
-    return [Clusters(*(tensor.to(device) for tensor in clusters)) for clusters in from_main(results)]
+        load_features(place, len(plain.dataset), file)
+    wait_for_all()
+    features = np.load(file, mmap_mode="r")
+    start = {len(clusters.centroids): clusters.centroids.cpu().numpy() for clusters in previous or ()}
+    found = {}
+    for k in fair_share(args.num_cluster):
+        how = {"niter": 10, "init": [start[k]]} if k in start else {}
+        (found[k],) = run_kmeans(features, [k], args.temperature, args.seed + epoch, **how)
+    for more in from_all(found):
+        found |= more
+    results = [found[k] for k in args.num_cluster]
+    if is_main():
+        if picture:
+            drawing = io.BytesIO()
+            draw_prototypes(plain.dataset, features, results[0]).save(drawing, "PNG")
+            write_whole(Path(args.exp_dir) / "prototypes.png", drawing.getbuffer())
+        if keys is None:
+            shutil.rmtree(place)
+    return [Clusters(*(tensor.to(device) for tensor in clusters)) for clusters in results]
+
+
+def fair_share(num_cluster):
+    """Those of `num_cluster` that this rank is to see to, the work being proportional to the number."""
+    rank, world = ranks()
+    shares = [[] for _ in range(world)]
+    for k in sorted(set(num_cluster), reverse=True):
+        min(shares, key=sum).append(k)
+    return shares[rank]
 
 
 def held_out_knn(model, bank, held_out, extract):
@@ -331,38 +407,59 @@ def held_out_knn(model, bank, held_out, extract):
     network = backbone(model.encoder_q).eval()
     labelled = []
     for loader, name in ((bank, "bank"), (held_out, "held out")):
-        features, labels = extract(network, loader, name), loader.dataset.labels
+        place, labels = extract(network, loader, name), loader.dataset.labels
         if is_main():
+            features = load_features(place, len(labels))
             labelled += torch.from_numpy(features)[labels >= 0], labels[labels >= 0]
+            shutil.rmtree(place)
     return from_main(knn_accuracy(*labelled) if is_main() else None)
 
 
-def extract_features(model, directory, device, autocast, network, loader, name):
-    """What `network`, a part of `model`, makes of the loader's images: (n, D) on the first rank, elsewhere None.
+def extract_features(model, directory, device, autocast, network, loader, name, place=None):
+    """Save what `network`, a part of `model`, makes of the loader's images, and return the directory it is in.
 
-    A pass that was interrupted at these weights is taken up where it stopped; what else lies in `directory` is removed.
+    place: a directory that may hold the features of some images already. None: one in `directory` for these weights, so
+    that a pass that was interrupted is taken up where it stopped; what else lies in `directory` is removed.
     """
     found = None
     if is_main():
-        digest = hashlib.sha256(f"{name} {len(loader.dataset)} {loader.dataset.transform}".encode())
-        for value in model.state_dict().values():
-            digest.update(value.cpu().numpy().tobytes())
-        place = directory / digest.hexdigest()[:16]
-        for other in directory.glob("*"):
-            if other != place:
-                shutil.rmtree(other)
+        if place is None:
+            digest = hashlib.sha256(f"{name} {len(loader.dataset)} {loader.dataset.view}".encode())
+            for value in model.state_dict().values():
+                digest.update(value.cpu().numpy().tobytes())
+            place = directory / digest.hexdigest()[:16]
+            for other in directory.glob("*"):
+                if other != place:
+                    shutil.rmtree(other)
         found = place, *saved_batches(place)
     place, done, first = from_main(found)
     left = np.setdiff1d(np.arange(len(loader.dataset)), done)
     rank, world = ranks()
     loader.sampler[:] = left[rank::world].tolist()
     with autocast():
-        compute_features(loader, network, place, device, first)
-    if not is_main():
-        return None
-    features = load_features(place, len(loader.dataset))
-    shutil.rmtree(directory)
-    return features
+        compute_features(loader, lambda images: network(normalize(images)), place, device, first)
+    return place
+
+
+def make_room(directory, empty):
+    """Create `directory` on behalf of all ranks; `empty`: without what an earlier attempt left there."""
+    if is_main():
+        if empty:
+            shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(exist_ok=True)
+    wait_for_all()
+
+
+def images_to(device, images):
+    """A batch of whole images, or the two crops of each, on `device`."""
+    if isinstance(images, torch.Tensor):
+        return images
+    return [crops.to(device, non_blocking=True) for crops in images]
+
+
+def to_keep(epoch, args):
+    """Whether the checkpoint and the picture of `epoch` are kept: of ten in a run, the last among them."""
+    return epoch == args.epochs - 1 or (epoch + 1) % max(1, args.epochs // 10) == 0
 
 
 def thin_out(images, n):
@@ -370,7 +467,7 @@ def thin_out(images, n):
     step = -(-len(images) // n)
     source = Subset(images.source, range(0, len(images), step))
     source.targets = images.labels[::step]
-    return Images(source, images.transform)
+    return Images(source, images.view, pixels=None if images.pixels is None else images.pixels[::step])
 
 
 def learning_rate(progress, args):
@@ -441,10 +538,10 @@ class StopSignals:
         if self.received:
             self.leave()
 
-    def received_by_any(self, device):
+    def received_by_any(self):
         """Whether some rank has got a signal; all ranks have to ask."""
         if dist.is_initialized():
-            received = torch.tensor(self.received, device=device)
+            received = torch.tensor(self.received)
             dist.all_reduce(received, dist.ReduceOp.MAX)
             self.received = received.item()
         return self.received > 0
@@ -474,8 +571,6 @@ def start_process():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:  # loader workers need cores, too: 1.5 times as fast on two of them
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     if "RANK" in os.environ:
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # nothing to listen for outside
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -483,7 +578,7 @@ def start_process():
         timeout = timedelta(hours=2)
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(f"start {restarts()}", store)  # else a restart finds the addresses of the dead
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # so that no device waits for a signal
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return *ranks(), device
 
@@ -510,12 +605,24 @@ def from_main(value):
     return values[0]
 
 
-def mean_over_ranks(values, device):
-    if not dist.is_initialized():
-        return values
-    values = values.to(device)
-    dist.all_reduce(values)
-    return values.cpu() / dist.get_world_size()
+def from_all(value):
+    """All ranks' values, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_ranks(values):
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values / ranks()[1]
 
 
 def seed_of(*numbers):
@@ -530,7 +637,7 @@ def share_gradients(model, device, unused):
     if not dist.is_initialized():
         return model
     device_ids = [device.index] if device.type == "cuda" else None
-    parallel = DistributedDataParallel(model, device_ids, find_unused_parameters=unused)
+    parallel = DistributedDataParallel(model, device_ids, find_unused_parameters=unused, gradient_as_bucket_view=True)
     parallel.broadcast_buffers = False  # the loop makes them equal once an epoch
     return parallel
 

@@ -113,36 +113,42 @@ class MoCo(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(dim, r), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    def forward(self, im_q, im_k, clustering=False):
+    def forward(self, im_q, im_k, clustering=False, features=False):
         """Two views (N, 3, H, W) of N images -> q, k, c, each (N, D) float32 with unit rows.
 
         q and k are InfoNCE's query and key, c is what ProtoNCE compares with the prototypes (q itself where there
         is no twin head). clustering: the warm-up is over, the cluster head takes part. No gradient flows through
-        k but into the head "report". Raises ValueError where N is not a multiple of `bn_splits`.
+        k but into the head "report". features: return a fourth, the features to cluster that `encode` would make of
+        im_k, but for batch norm being that of training. Raises ValueError where N is not a multiple of `bn_splits`.
         """
         if len(im_q) % self.bn_splits:
             raise ValueError(f"a batch of {len(im_q)} does not split into {self.bn_splits} equal groups")
         z_q = self.encoder_q(im_q)
         with torch.no_grad():
             im_k, own_rows = self._shuffle(im_k)
-            k = _unit(self._gather(self.encoder_k(im_k))[own_rows])
-        if clustering and self.cluster_head == "report":
-            k = _unit(self.v(k))
+            z_k = self._gather(self.encoder_k(im_k))[own_rows]
+        k = _unit(self.v(_unit(z_k))) if clustering and self.cluster_head == "report" else _unit(z_k)
         q = _unit(z_q)
-        return q, k, _unit(self.b_q(z_q)) if clustering and self.cluster_head == "twin" else q
+        c = _unit(self.b_q(z_q)) if clustering and self.cluster_head == "twin" else q
+        return (q, k, c, self._to_cluster(z_k)) if features else (q, k, c)
 
     @torch.no_grad()
     def encode(self, images):
         """Images (N, 3, H, W) -> (N, D) float32 unit rows, the momentum branch's features to cluster."""
         training = self.training
         self.eval()
-        z = self.encoder_k(images)
-        if self.cluster_head == "report":
-            z = self.v(_unit(z))
-        elif self.cluster_head == "twin":
-            z = self.b_k(z)
+        features = self._to_cluster(self.encoder_k(images))
         self.train(training)
-        return _unit(z)
+        return features
+
+    @torch.no_grad()
+    def _to_cluster(self, z_k):
+        """The momentum head's output (N, D) -> (N, D) float32 unit rows in the space of the prototypes."""
+        if self.cluster_head == "report":
+            z_k = self.v(_unit(z_k))
+        elif self.cluster_head == "twin":
+            z_k = self.b_k(z_k)
+        return _unit(z_k)
 
     @torch.no_grad()
     def update(self, k):

@@ -1,5 +1,7 @@
 """What several test files share: a small folder of images, the flags of a small run, a look at its weights."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,15 @@ def folder(tmp_path_factory):
                 pixels[..., label] += 150
                 image = Image.fromarray(pixels)
                 image.convert(("RGB", "L", "P", "RGBA")[i % 4]).save(directory / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def mixed(folder, tmp_path_factory):
+    """The same with one image of another size, so that loader workers read them instead of memory keeping them."""
+    root = tmp_path_factory.mktemp("mixed") / "images"
+    shutil.copytree(folder, root)
+    Image.new("RGB", (20, 14)).save(root / "train" / "class 0" / "0.png")
     return root
 
 

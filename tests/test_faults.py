@@ -141,31 +141,32 @@ def test_a_signal_between_the_steps(folder, tmp_path, whole, monkeypatch, phase)
     options = [folder, *SMALL, "--exp-dir", tmp_path, "--resume"]
     original, calls = getattr(main_pcl, phase), []
 
-    def signalled(*args):
+    def signalled(*args, **kwargs):
         calls.append(0)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(main_pcl, phase, signalled)
     with pytest.raises(SystemExit) as stop:
         run(*options)
     assert stop.value.code == 128 + signal.SIGTERM
     state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["run"]
-    assert (state["epoch"], state["step"]) == {"run_kmeans": (2, 0), "knn_accuracy": (1, 6), "save": (1, 0)}[phase]
+    assert (state["epoch"], state["step"]) == {"run_kmeans": (0, 6), "knn_accuracy": (1, 6), "save": (0, 6)}[phase]
     run(*options)
     assert_same(whole, weights(tmp_path))
 
 
-def test_a_signal_to_all_processes_of_a_run_spares_its_loader_workers(folder, tmp_path, whole):
-    command = [sys.executable, MAIN, folder, *SMALL, "-j", "2", "--exp-dir", tmp_path, "--resume"]
+def test_a_signal_to_all_processes_of_a_run_spares_its_loader_workers(mixed, tmp_path):
+    command = [sys.executable, MAIN, mixed, *SMALL, "-j", "2", "--exp-dir", tmp_path / "run", "--resume"]
     process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, start_new_session=True, text=True)
     while not process.stdout.readline().startswith("epoch   0"):
         pass
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert finish(*command).returncode == 0
-    assert_same(whole, weights(tmp_path))
+    run(mixed, *SMALL, "-j", 0, "--exp-dir", tmp_path / "whole")
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
 def test_two_runs_in_one_directory(folder, tmp_path, capsys):
@@ -236,7 +237,7 @@ def test_a_feature_pass_is_taken_up_where_it_stopped(tmp_path):
 
 
 def test_features_of_other_weights_are_not_taken_up(folder, tmp_path, monkeypatch):
-    options = [folder, *SMALL, "--exp-dir", tmp_path, "--resume"]
+    options = [folder, *SMALL, "--features", "pass", "--exp-dir", tmp_path, "--resume"]
     taken_up = []
     monkeypatch.setattr(main_pcl, "saved_batches", lambda place: taken_up.append(saved_batches(place)) or taken_up[-1])
 

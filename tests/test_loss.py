@@ -74,10 +74,11 @@ def test_proto_nce_with_drawn_negatives_is_its_formula():
     torch.manual_seed(3)
     q, index, level = unit(6, 8), torch.arange(6), granularity(40, [7, 7, 7, 0, 39, 39])
     torch.manual_seed(4)
-    chosen, surplus = _choose_prototypes(level.im2cluster, 40, 5)
+    chosen, bias, own = _choose_prototypes(level.im2cluster, 40, 5)
+    assert torch.equal(chosen[own], level.im2cluster)
     torch.manual_seed(4)
     loss, acc = proto_nce(q, index, [level], 5)
-    expected = slow_proto_nce(q, index, level, chosen[~surplus].tolist())
+    expected = slow_proto_nce(q, index, level, chosen[bias == 0].tolist())
     assert (loss.item(), acc.item()) == pytest.approx(expected, rel=1e-5)
 
 
@@ -85,8 +86,8 @@ def test_negatives_are_drawn_evenly_without_replacement():
     torch.manual_seed(5)
     target, drawn = torch.tensor([3, 3, 8, 0]), torch.zeros(20)
     for _ in range(4000):
-        chosen, surplus = _choose_prototypes(target, 20, 6)
-        kept = chosen[~surplus]
+        chosen, bias, _ = _choose_prototypes(target, 20, 6)
+        kept = chosen[bias == 0]
         assert len(kept) == len(kept.unique()) == 3 + 6
         drawn[kept] += 1
     own = torch.zeros(20, dtype=torch.bool).index_fill(0, target, True)

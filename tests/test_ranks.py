@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import main_pcl
+from data import normalize
+from features import load_features
 from model import MoCo, build_encoder
 
 N = 23  # of images; neither 2 nor 3 divides it
@@ -23,13 +25,13 @@ def make_model(bn_splits=1):
 
 
 def images():
-    return torch.randn(N, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(256, (N, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 def feature_pass(model, directory):
     """The images' loader, and what main_pcl.py passes over them with."""
     data = TensorDataset(images(), torch.arange(N))
-    data.transform = None
+    data.view = None
     features = Path(directory) / "features"
     extract = functools.partial(main_pcl.extract_features, model, features, "cpu", contextlib.nullcontext)
     return DataLoader(data, 4, sampler=[]), extract
@@ -38,7 +40,7 @@ def feature_pass(model, directory):
 def clusters_of(model, directory):
     """The E-step of one rank."""
     args = argparse.Namespace(exp_dir=directory, num_cluster=[3, 5], temperature=0.2, seed=0)
-    return main_pcl.e_step(model, *feature_pass(model, directory), args, 0, "cpu", None)
+    return main_pcl.e_step(model, *feature_pass(model, directory), args, 0, None, "cpu", False)
 
 
 def one_rank(rank, world, directory):
@@ -46,13 +48,15 @@ def one_rank(rank, world, directory):
     dist.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=world)
     model = make_model(bn_splits=2)
     model.encoder_k.eval()  # so that a key does not depend on whom it is computed with
-    im_q, im_k = images()[6 * rank : 6 * rank + 6], images().flip(0)[6 * rank : 6 * rank + 6]
+    im_q, im_k = (normalize(x[6 * rank : 6 * rank + 6]) for x in (images(), images().flip(0)))
     _, k, _ = model(im_q, im_k)
     alone = F.normalize(model.encoder_k(im_k))
     model.update(k)
     loader, extract = feature_pass(model, directory)
-    pixels = extract(lambda x: x.flatten(1), loader, "pixels")
-    main_pcl.shutil = argparse.Namespace(rmtree=lambda path: None)  # the features stay for the test to count
+    place = extract(lambda x: x.flatten(1), loader, "pixels")
+    pixels = load_features(place, N)
+    dist.barrier()  # the next pass removes this one's files
+    extract(lambda x: x.flatten(1), loader, "pixels", Path(directory) / "kept")
     result = {"k": k, "alone": alone, "queue": model.queue, "clusters": clusters_of(model, directory)}
     result["pixels"] = pixels
     torch.save(result, f"{directory}/rank_{rank}.pt")
@@ -72,9 +76,10 @@ def test_ranks_share_queue_clusters_and_features(tmp_path, world):
     kept = {tuple(column) for column in ranks[0]["queue"].T.tolist()}
     assert all(tuple(key) in kept for key in keys[-16:].tolist())
 
-    saved = [torch.load(path, weights_only=True)["index"] for path in tmp_path.glob("features/*/batch*")]
+    saved = [torch.load(path, weights_only=True)["index"] for path in tmp_path.glob("kept/batch*")]
     assert torch.cat(saved).sort().values.tolist() == list(range(N))  # each once, none twice
-    torch.testing.assert_close(torch.from_numpy(ranks[0]["pixels"]), images().flatten(1))
+    for rank in ranks:
+        torch.testing.assert_close(torch.from_numpy(rank["pixels"]), normalize(images()).flatten(1))
 
 
 @pytest.mark.parametrize("world", [2, 3])

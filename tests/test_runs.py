@@ -64,9 +64,9 @@ def test_resuming_equals_never_having_stopped(folder, tmp_path, monkeypatch):
     assert_same(weights(whole), weights(parts))
 
 
-def test_the_number_of_workers_changes_nothing(folder, tmp_path):
+def test_the_number_of_workers_changes_nothing(mixed, tmp_path):
     for workers in (0, 2):
-        run(folder, *TINY, "-j", workers, "--epochs", 2, "--warmup", 1, "--exp-dir", tmp_path / str(workers))
+        run(mixed, *TINY, "-j", workers, "--epochs", 2, "--warmup", 1, "--exp-dir", tmp_path / str(workers))
     assert_same(weights(tmp_path / "0"), weights(tmp_path / "2"))
 
 
@@ -207,9 +207,11 @@ def test_bad_folders_and_images_get_one_line(folder, tmp_path, capsys):
         )
     broken = tmp_path / "train" / "a" / "7.png"
     broken.write_bytes(broken.read_bytes()[:40])
+    options = [*TINY, "--image-size", 8, "--epochs", 1, "--exp-dir", tmp_path / "run"]
+    assert str(broken) in fails(capsys, main_pcl.main, tmp_path, *options)
+    Image.new("RGB", (9, 8)).save(tmp_path / "train/a/1.png")  # not all of one size: they are read as needed
     for workers in (0, 1):
-        options = [*TINY, "-j", workers, "--image-size", 8, "--epochs", 1, "--exp-dir", tmp_path / "run"]
-        assert str(broken) in fails(capsys, main_pcl.main, tmp_path, *options)
+        assert str(broken) in fails(capsys, main_pcl.main, tmp_path, *options, "-j", workers)
 
 
 def test_bad_checkpoints_get_one_line(folder, tmp_path, capsys):

@@ -125,7 +125,8 @@ def test_most_of_the_broken_images_are_refused(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_name_with_a_line_break_stays_in_one_line(tmp_path, capsys, workers):
-    make_folder(tmp_path, {"a.png": encoded("PNG"), "b\nad é.png": b"no"}, 16)
+    images = {"a.png": encoded("PNG"), "another size.png": encoded("PNG", size=(8, 8)), "b\nad é.png": b"no"}
+    make_folder(tmp_path, images, 16)
     options = [*TINY, "-j", workers, "--image-size", 8, "--exp-dir", tmp_path / "run"]
     assert r"b\nad é" in fails(capsys, main_pcl.main, tmp_path, *options)
 
