@@ -59,6 +59,7 @@ SIZES = ("arch", "stem", "batch_size", "lr", "pcl_r", "num_cluster", "moco_m", "
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends the last ahead of a job's end
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip for an overflow
 LOOK_EVERY = 20  # steps between the moments when the host waits for the device, to see the figures of those steps
+SAVE_EVERY = 60  # seconds; of epochs shorter than that, not every one is saved
 MAX_BANK = 50_000  # images that the kNN accuracy during training looks at; the evaluation script takes all
 
 
@@ -226,6 +227,7 @@ def train(args, stop):
 
     # -- the epochs
     began, start = time.time(), run["epoch"]
+    saved = 0.0 if run["step"] else began  # half an epoch's keys are lost once the next one begins
     for epoch in range(start, args.epochs):
         last = epoch == args.epochs - 1
         if epoch in (start, args.warmup):
@@ -282,41 +284,29 @@ def train(args, stop):
                 dist.broadcast(buffer, 0)
 
         # -- what the epoch came to, and the next one's clusters
-        evaluate = held_out is not None and (last or (epoch + 1) % args.knn_every == 0)
-        cluster = epoch + 1 >= args.warmup and not last
-        if evaluate or cluster:
+        due = from_main(time.time() - saved > SAVE_EVERY) or to_keep(epoch, args)
+        if due:
             save(directory, run, model, optimizer, scaler, args)
             stop.allow()
-        knn = held_out_knn(model, bank, held_out, extract) if evaluate else None
-        if cluster:
+        knn = next_clusters = None
+        if held_out is not None and (last or (epoch + 1) % args.knn_every == 0):
+            knn = held_out_knn(model, bank, held_out, extract)
+        if epoch + 1 >= args.warmup and not last:
             picture = to_keep(epoch + 1, args)
             next_clusters = e_step(model, plain, extract, args, epoch + 1, run["clusters"], device, picture, keys)
-        else:
-            next_clusters = None
         stop.deferred = True
         means = zip(("loss", "acc_inst", "acc_proto", "grad_norm"), (run["totals"] / steps).tolist(), strict=True)
         row = {"epoch": epoch, **dict(means), "lr": learning_rate(epoch + 1 - 1 / steps, args)}
         row |= {"images_per_second": steps * args.batch_size / run["seconds"], "skipped": run["skipped"], "knn": knn}
         run["log"].append(row)
-        say(
-            "epoch {epoch:3d}  loss {loss:.3f}  acc_inst {acc_inst:5.1f}  acc_proto {acc_proto:5.1f}  lr {lr:.4f}  "
-            "{images_per_second:.0f} images/s".format(**row)
-            + (f"  {row['skipped']} steps skipped" if row["skipped"] else "")
-            + (f"  kNN {knn:.1f}" if knn is not None else "")
-        )
-        if leaking(run["log"], run["knn_untrained"]):
-            say(
-                f"warning: acc_inst is {row['acc_inst']:.1f} % but the kNN accuracy does not follow ({knn:.1f} %): "
-                "the query finds its key by something other than what the image shows. Most often batch-norm "
-                "statistics tell which key belongs to which query; raise --bn-splits"
-            )
         if rank == 0:
-            for name, value in row.items():
-                if name != "epoch" and value is not None:
-                    board.add_scalar(name, value, epoch)
+            report(run, board)
+            write_log(directory, run["log"])
         run |= {"epoch": epoch + 1, "step": 0, "totals": torch.zeros(4), "seconds": 0.0, "clusters": next_clusters}
-        copy = f"checkpoint_{epoch:04d}.pth.tar" if to_keep(epoch, args) else None
-        save(directory, run, model, optimizer, scaler, args, copy)
+        if due or stop.received:
+            copy = f"checkpoint_{epoch:04d}.pth.tar" if to_keep(epoch, args) else None
+            save(directory, run, model, optimizer, scaler, args, copy)
+            saved = time.time()
         if rank == 0:
             shutil.rmtree(directory / "keys", ignore_errors=True)  # not before: the E-step may have to be done again
         stop.allow()
@@ -477,6 +467,28 @@ def learning_rate(progress, args):
     if args.cos:
         return args.lr * 0.5 * (1 + math.cos(math.pi * progress / args.epochs))
     return args.lr * 0.1 ** sum(progress >= epoch for epoch in args.schedule)
+
+
+def report(run, board):
+    """Print the figures of the latest epoch, warn where they hint at a leak, and hand them to TensorBoard."""
+    row = run["log"][-1]
+    print(
+        "epoch {epoch:3d}  loss {loss:.3f}  acc_inst {acc_inst:5.1f}  acc_proto {acc_proto:5.1f}  lr {lr:.4f}  "
+        "{images_per_second:.0f} images/s".format(**row)
+        + (f"  {row['skipped']} steps skipped" if row["skipped"] else "")
+        + (f"  kNN {row['knn']:.1f}" if row["knn"] is not None else ""),
+        flush=True,
+    )
+    if leaking(run["log"], run["knn_untrained"]):
+        print(
+            f"warning: acc_inst is {row['acc_inst']:.1f} % but the kNN accuracy does not follow ({row['knn']:.1f} %): "
+            "the query finds its key by something other than what the image shows. Most often batch-norm "
+            "statistics tell which key belongs to which query; raise --bn-splits",
+            flush=True,
+        )
+    for name, value in row.items():
+        if name != "epoch" and value is not None:
+            board.add_scalar(name, value, row["epoch"])
 
 
 def leaking(log, knn_untrained):
@@ -731,12 +743,9 @@ def reserve(directory):
 
 
 def save(directory, run, model, optimizer, scaler, args, copy=None):
-    """Write log.csv and checkpoint.pth.tar, on the first rank; the latter also under the name `copy`."""
+    """Write checkpoint.pth.tar, on the first rank; also under the name `copy`."""
     if not is_main():
         return
-    if run["log"]:
-        rows = [run["log"][0], *(["" if v is None else f"{v:.6g}" for v in row.values()] for row in run["log"])]
-        write_whole(directory / "log.csv", "".join(f"{','.join(row)}\n" for row in rows).encode())
     checkpoint = {
         "epoch": run["epoch"],
         "arch": args.arch,
@@ -751,6 +760,11 @@ def save(directory, run, model, optimizer, scaler, args, copy=None):
     for name in ("checkpoint.pth.tar", copy):
         if name is not None:
             write_whole(directory / name, file.getbuffer())
+
+
+def write_log(directory, log):
+    rows = [log[0], *(["" if v is None else f"{v:.6g}" for v in row.values()] for row in log)]
+    write_whole(directory / "log.csv", "".join(f"{','.join(row)}\n" for row in rows).encode())
 
 
 def write_whole(path, data):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from cluster import concentration, run_kmeans
+from cluster import _faiss_kmeans, _torch_kmeans, concentration, run_kmeans
 from features import compute_features, load_features
 
 
@@ -59,6 +59,57 @@ def test_duplicates_give_finite_positive_concentrations():
     for x in (np.repeat(points(3), 20, axis=0), np.repeat(points(1), 40, axis=0)):
         clusters = run_kmeans(x, [8], 0.2)[0]
         assert torch.isfinite(clusters.centroids).all() and (clusters.density > 0).all()
+
+
+def objective(x, clusters):
+    means = np.stack([x[clusters.im2cluster.numpy() == c].mean(0) for c in clusters.im2cluster.unique().tolist()])
+    return ((x[:, None] - means) ** 2).sum(2).min(1).sum()
+
+
+def test_a_warm_start_needs_half_the_iterations():
+    """Ten from the centroids of features that have since moved, a few epochs on: the best of five times twenty."""
+    x, before = points(3000, dim=16), None
+    for epoch in range(6):
+        x = x + 0.1 * points(3000, dim=16, seed=1 + epoch)
+        warm = run_kmeans(x, [60], 0.2, niter=10 if epoch else 20, init=before)[0]
+        before = [warm.centroids.numpy()]
+    scratch = [objective(x, run_kmeans(x, [60], 0.2, seed)[0]) for seed in range(5)]
+    assert objective(x, warm) <= min(scratch)
+    assert objective(x, run_kmeans(x, [60], 0.2, niter=1)[0]) > 1.02 * min(scratch)  # the measure tells them apart
+
+
+def test_each_granularity_starts_from_its_own_centroids():
+    x = points(200)
+    first = run_kmeans(x, [5, 9], 0.2)
+    again = run_kmeans(x, [5, 9], 0.2, seed=7, niter=20, init=[c.centroids.numpy() for c in first])
+    mixed = run_kmeans(x, [5, 9], 0.2, seed=7, niter=20, init=[None, first[1].centroids.numpy()])
+    assert torch.equal(again[1].im2cluster, mixed[1].im2cluster)
+    assert not torch.equal(again[0].im2cluster, mixed[0].im2cluster)
+
+
+@pytest.mark.parametrize("m, k", [(3000, 60), (40, 30)])
+def test_torchs_kmeans_is_faisss(m, k):
+    """From the same start the same objective, but for how empty clusters are filled; every sample at its nearest."""
+    x, start = points(m, dim=16), points(k, dim=16, seed=5)
+    found = _torch_kmeans(x, k, 20, 0, start, device="cpu")
+    other = _faiss_kmeans(x, k, 20, 0, start)
+    distances = ((x[:, None] - found[0]) ** 2).sum(2)
+    np.testing.assert_allclose(found[1], distances.min(1), atol=1e-5)
+    assert (distances[np.arange(m), found[2]] <= distances.min(1) + 1e-5).all()
+    assert found[1].sum() == pytest.approx(other[1].sum(), rel=0.02 if m == 3000 else 0.2)
+    assert np.bincount(found[2], minlength=k).min() > 0
+    copies = np.repeat(points(3), 20, axis=0)
+    assert np.isfinite(_torch_kmeans(copies, 8, 5, 0, None, device="cpu")[0]).all()
+
+
+def test_features_may_stay_on_the_disk(tmp_path):
+    compute_features(DataLoader(Indexed(23), 7), lambda x: x, tmp_path)
+    mapped = load_features(tmp_path, 23, tmp_path / "features.npy")
+    assert isinstance(mapped, np.memmap)
+    np.testing.assert_array_equal(mapped, load_features(tmp_path, 23))
+    for x in (mapped, np.load(tmp_path / "features.npy", mmap_mode="r")):
+        for ours, theirs in zip(run_kmeans(x, [4], 0.2), run_kmeans(np.array(mapped), [4], 0.2), strict=True):
+            assert all(map(torch.equal, ours, theirs))
 
 
 class Indexed(TensorDataset):

@@ -180,6 +180,30 @@ def test_two_runs_in_one_directory(folder, tmp_path, capsys):
     assert process.wait(60) == 128 + signal.SIGINT
 
 
+@pytest.mark.parametrize("every", [0, 3600])
+def test_epochs_that_are_not_saved_are_trained_again(folder, tmp_path, monkeypatch, every):
+    """Signals and a power cut in short epochs, of which none or all are saved between the three that are kept."""
+    options = [folder, *SMALL, "--epochs", 30, "--resume"]
+    run(*options, "--exp-dir", tmp_path / "whole")
+    monkeypatch.setattr(main_pcl, "SAVE_EVERY", every)
+    info_nce, calls = main_pcl.info_nce, []
+
+    def dying(*args):
+        calls.append(0)
+        if len(calls) in (40, 90):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) in (70, 101, 140):
+            raise KeyboardInterrupt
+        return info_nce(*args)
+
+    monkeypatch.setattr(main_pcl, "info_nce", dying)
+    for _ in range(5):
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            run(*options, "--exp-dir", tmp_path / "parts")
+    run(*options, "--exp-dir", tmp_path / "parts")
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
 # -- saving
 
 
@@ -222,6 +246,12 @@ def test_a_feature_file_is_whole_or_not_there(tmp_path, full_disk):
     assert not list(tmp_path.glob("*.pt"))
     compute_features(passes(10), wide, tmp_path)
     assert load_features(tmp_path, 10).shape == (10, 300) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_no_room_for_features_on_the_disk_is_an_error_not_a_crash(tmp_path, full_disk):
+    compute_features(passes(400), lambda x: x, tmp_path)
+    with full_disk(), pytest.raises(OSError, match="large"):
+        load_features(tmp_path, 400, tmp_path / "features.npy")
 
 
 def test_a_feature_pass_is_taken_up_where_it_stopped(tmp_path):

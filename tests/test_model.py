@@ -101,6 +101,17 @@ def test_a_dead_cluster_head_gives_no_nan(head):
     assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("head", ["none", "report", "twin"])
+@pytest.mark.parametrize("clustering", [False, True])
+def test_the_features_of_a_step_are_those_of_encode(head, clustering):
+    """But for batch norm, which is that of training; here it is not."""
+    model, x = make(cluster_head=head), torch.randn(6, 3, 8, 8)
+    model.encoder_k.eval()
+    *_, features = model(torch.randn(6, 3, 8, 8), x, clustering, features=True)
+    torch.testing.assert_close(features, model.encode(x))
+    assert not features.requires_grad
+
+
 def test_encode_is_the_momentum_branch_in_eval_mode():
     model, x = make(bn_splits=2).train(), torch.randn(6, 3, 8, 8)
     assert torch.allclose(model.encode(x)[:1], model.encode(x[:1]), atol=1e-5) and model.training

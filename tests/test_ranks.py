@@ -82,6 +82,13 @@ def test_ranks_share_queue_clusters_and_features(tmp_path, world):
         torch.testing.assert_close(torch.from_numpy(rank["pixels"]), normalize(images()).flatten(1))
 
 
+@pytest.mark.parametrize("world, shares", [(1, [[4, 2, 1]]), (2, [[4], [2, 1]]), (4, [[4], [2], [1], []])])
+def test_granularities_are_spread_over_the_ranks(monkeypatch, world, shares):
+    for rank in range(world):
+        monkeypatch.setattr(main_pcl, "ranks", lambda rank=rank: (rank, world))
+        assert main_pcl.fair_share([1, 2, 4]) == shares[rank]
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_clusters_are_those_of_one_process(tmp_path, world):
     model = make_model()

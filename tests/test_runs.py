@@ -93,6 +93,41 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folder, tmp_p
     assert_same(before, weights(tmp_path))
 
 
+def test_the_host_looks_at_the_device_every_few_steps(folder, tmp_path, monkeypatch):
+    """A loss that is not finite is found at the step it came up in, at the latest LOOK_EVERY steps after."""
+    info_nce, calls = main_pcl.info_nce, []
+
+    def failing(q, *args):
+        calls.append(0)
+        return ((q * torch.nan).sum(), torch.zeros(())) if len(calls) == 4 else info_nce(q, *args)
+
+    monkeypatch.setattr(main_pcl, "info_nce", failing)
+    monkeypatch.setattr(main_pcl, "LOOK_EVERY", 6)
+    with pytest.raises(SystemExit, match="epoch 0, step 3: the loss is nan"):
+        run(folder, *TINY, "-b", 4, "--epochs", 1, "--exp-dir", tmp_path)
+    assert len(calls) == 6
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+
+
+def test_the_keys_of_the_epoch_are_clustered_without_a_pass(folder, tmp_path, monkeypatch):
+    """Every sample's key once, under its index; only what does not fill a batch is computed from the plain image."""
+    load, seen, computed = main_pcl.load_features, [], []
+
+    def spy(place, n, *rest):
+        if rest:  # of the clustering
+            saved = [torch.load(file, weights_only=True) for file in place.glob("batch_*")]
+            seen.append(torch.cat([batch["index"] for batch in saved]).sort().values.tolist())
+        return load(place, n, *rest)
+
+    encode = main_pcl.MoCo.encode
+    monkeypatch.setattr(main_pcl, "load_features", spy)
+    monkeypatch.setattr(main_pcl.MoCo, "encode", lambda self, x: computed.append(len(x)) or encode(self, x))
+    run(folder, *TINY, "-b", 20, "--epochs", 4, "--warmup", 1, "--exp-dir", tmp_path)  # 2 steps of 20; 8 samples left
+    assert seen == [list(range(48))] * 3 and computed == [8] * 3
+    run(folder, *TINY, "-b", 20, "--epochs", 2, "--warmup", 1, "--features", "pass", "--exp-dir", tmp_path / "pass")
+    assert sum(computed[3:]) == 48
+
+
 def test_a_huge_learning_rate_stops_the_run(folder, tmp_path):
     with pytest.raises(
         SystemExit, match=r"epoch 0, step \d: the loss is (nan|inf).*last good checkpoint: \S+checkpoint"
