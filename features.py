@@ -78,7 +78,7 @@ def _number(path):
 def load_features(directory, n, memory_map=None):
     """The saved features of samples 0 to n - 1 in data set order: (n, D) float32 array.
 
-    memory_map: path of a file to keep the array in, so that it need not fit in memory; np.load(path, mmap_mode="r")
+    memory_map: path of a file to keep the array in, so that it need not fit in memory; np.load(path, mmap_mode="c")
         opens it again.
     Raises ValueError where samples are missing (saying how many and which), or where a saved index is not below n,
     and OSError where the disk has no room for the file.

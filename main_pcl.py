@@ -364,7 +364,7 @@ def e_step(model, plain, extract, args, epoch, previous, device, picture, keys=N
     if is_main():
         load_features(place, len(plain.dataset), file)
     wait_for_all()
-    features = np.load(file, mmap_mode="r")
+    features = np.load(file, mmap_mode="c")  # "r" makes torch warn
     start = {len(clusters.centroids): clusters.centroids.cpu().numpy() for clusters in previous or ()}
     found = {}
     for k in fair_share(args.num_cluster):

@@ -64,14 +64,16 @@ def timed(function):
 
 
 def peak_mb(function):
-    """(seconds, megabytes of memory beyond what is taken now, on a GPU of its own, at the peak of `function`)."""
+    """What `function` returns, its seconds, and the megabytes (a GPU's, or resident) it takes beyond those taken."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return timed(function), (torch.cuda.max_memory_allocated() - before) / 1e6
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
-    before = resident_kb()
-    return timed(function), (resident_kb() - before) / 1e3
+        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+        before, peak = 1e3 * resident_kb(), lambda: 1e3 * resident_kb()
+    start = clock()
+    result = function()
+    return result, clock() - start, (peak() - before) / 1e6
 
 
 def resident_kb(line="VmHWM"):
@@ -81,7 +83,7 @@ def resident_kb(line="VmHWM"):
 
 def compare(ours, published, repeats):
     """{ours, published: median seconds; ratio, low, high: of the paired published / ours; peak_mb of ours}."""
-    _, peak = peak_mb(ours)  # and warm up
+    *_, peak = peak_mb(ours)  # and warm up
     published()
     pairs = []
     for i in range(repeats):
@@ -271,7 +273,7 @@ def steps(name, arch, size, batch, n, repeats, *options):
     encoders = [encoder.to(DEVICE, memory_format=torch.channels_last) for encoder in encoders]
     x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
     epochs, count = 4, n // batch
-    figures = {"ratio": [], "step": [], "floor": [], "keys": [], "pass": []}
+    figures = {"ratio": [], "step": [], "floor": [], "keys": [], "pass": [], "peak": []}
     figures |= {phase: [] for phase in (*STEP, *EPOCH)}
 
     def floor():
@@ -305,8 +307,10 @@ def steps(name, arch, size, batch, n, repeats, *options):
         for i in range(2 * repeats):
             how = ("keys", "pass")[i % 2]
             before = floor_seconds()
+            more = ["--features", how, "--knn-every", epochs, "--exp-dir", f"{root}/{i}"]
             with Phases(STEP | EPOCH) as phases:
-                log = run_main(*options, "--features", how, "--knn-every", epochs, "--exp-dir", f"{root}/{i}")
+                log, _, peak = peak_mb(functools.partial(run_main, *options, *more))
+            figures["peak"].append(peak)
             step = statistics.median(batch / row["images_per_second"] for row in log[1:])
             figures[how].append(count * step + statistics.median(phases.whole["clustering"][1:]))
             if how == "pass":
@@ -326,7 +330,7 @@ def steps(name, arch, size, batch, n, repeats, *options):
         return {"what": what, "size": size, "ours": seconds} | more
 
     step = middle["step"]
-    yield row("step", step, share=1.0)
+    yield row("step (memory: of the whole run)", step, share=1.0, peak_mb=middle["peak"])
     compared = dict(zip(("ratio", "low", "high"), spread["ratio"], strict=True))
     yield row(
         "floor, the encoder alone (ratio: step / floor)", middle["floor"], share=middle["floor"] / step, **compared
@@ -616,7 +620,7 @@ def main():
     torch.manual_seed(0)
     random.seed(0)
     q, few = args.quick, max(2, args.repeats // 2)
-    m, ks, d, r = IMAGENET.values()
+    m, d, ks, r = IMAGENET.values()
     sections = [
         start(1 if q else few),
         steps("default run", "resnet18_w16", 8, 128, 256 if q else 1408, few, "--crop-min", 0.5, "--no-flip"),
