@@ -8,7 +8,7 @@ crop; all else is done in batches on the device, and the cropping too where the 
     datasets = build_datasets("path/to/folder", image_size=224)
     loader = DataLoader(datasets.train, 256, collate_fn=as_it_is, num_workers=8)     # none after datasets.keep("cuda")
     for images, index in loader:                                                      # uint8
-        im_q, im_k = datasets.two_views(images, torch.rand(2, 256, RandomView.DRAWS))
+        im_q, im_k = datasets.two_views(images, torch.rand(2, 256, RandomView.DRAWS), "cuda")
 """
 
 import hashlib
@@ -115,10 +115,11 @@ class Datasets(NamedTuple):
                 part.pixels = torch.stack([part[i][0] for i in range(len(part))]).to(device)
         return True
 
-    def two_views(self, images, draws):
-        """A batch of `train` on the device, draws (2, N, DRAWS) as for RandomView -> im_q, im_k (N, 3, S, S)."""
+    def two_views(self, images, draws, device="cpu"):
+        """A batch of `train`, draws (2, N, DRAWS) as for RandomView -> im_q, im_k (N, 3, S, S) on `device`."""
         kept = self.train.pixels is not None
-        return self.random_view(torch.cat([images, images] if kept else images), draws.flatten(0, 1), kept).chunk(2)
+        pair = [half.to(device, non_blocking=True) for half in ([images, images] if kept else images)]
+        return self.random_view(torch.cat(pair), draws.flatten(0, 1), kept).chunk(2)
 
 
 class Digits(Dataset):

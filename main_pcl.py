@@ -251,7 +251,7 @@ def train(args, stop):
                 group["lr"] = learning_rate(epoch + step / steps, args)
             generator = torch.Generator().manual_seed(seed_of(args.seed, epoch, step))
             draws = torch.rand(2, args.batch_size, RandomView.DRAWS, generator=generator)[:, rank::world]
-            im_q, im_k = datasets.two_views(images_to(device, images), draws)
+            im_q, im_k = datasets.two_views(images, draws, device)
             with autocast():
                 q, k, c, to_cluster = forward(im_q, im_k, clusters is not None, features=True)
             loss, acc_inst = info_nce(q, k, model.queue, args.temperature)
@@ -438,13 +438,6 @@ def make_room(directory, empty):
             shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(exist_ok=True)
     wait_for_all()
-
-
-def images_to(device, images):
-    """A batch of whole images, or the two crops of each, on `device`."""
-    if isinstance(images, torch.Tensor):
-        return images
-    return [crops.to(device, non_blocking=True) for crops in images]
 
 
 def to_keep(epoch, args):
