@@ -12,6 +12,7 @@ are made up; their sizes are what matters.
 import argparse
 import contextlib
 import csv
+import ctypes
 import functools
 import io
 import os
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -64,26 +66,34 @@ def timed(function):
 
 
 def peak_mb(function):
-    """What `function` returns, its seconds, and the megabytes (a GPU's, or resident) it takes beyond those taken."""
+    """What `function` returns, and the megabytes (a GPU's, or resident) it takes at its peak beyond those taken now."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
-        before, peak = 1e3 * resident_kb(), lambda: 1e3 * resident_kb()
-    start = clock()
+        before = torch.cuda.memory_allocated()
+        return function(), (torch.cuda.max_memory_allocated() - before) / 1e6
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not taken
+    seen, done = [resident_kb()], threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            seen.append(resident_kb())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     result = function()
-    return result, clock() - start, (peak() - before) / 1e6
+    done.set()
+    watcher.join()
+    return result, (max(seen) - seen[0]) / 1e3
 
 
-def resident_kb(line="VmHWM"):
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{line}:")[1].split()[0])
+def resident_kb(line="VmRSS"):
+    """A line of /proc/self/status; VmHWM is the peak since the process began, RssAnon is without mapped files."""
+    return int(Path("/proc/self/status").read_text().split(f"{line}:")[1].split()[0])
 
 
 def compare(ours, published, repeats):
     """{ours, published: median seconds; ratio, low, high: of the paired published / ours; peak_mb of ours}."""
-    *_, peak = peak_mb(ours)  # and warm up
+    _, peak = peak_mb(ours)  # and warm up
     published()
     pairs = []
     for i in range(repeats):
@@ -309,7 +319,7 @@ def steps(name, arch, size, batch, n, repeats, *options):
             before = floor_seconds()
             more = ["--features", how, "--knn-every", epochs, "--exp-dir", f"{root}/{i}"]
             with Phases(STEP | EPOCH) as phases:
-                log, _, peak = peak_mb(functools.partial(run_main, *options, *more))
+                log, peak = peak_mb(functools.partial(run_main, *options, *more))
             figures["peak"].append(peak)
             step = statistics.median(batch / row["images_per_second"] for row in log[1:])
             figures[how].append(count * step + statistics.median(phases.whole["clustering"][1:]))
@@ -494,7 +504,7 @@ import bench
 n, directory = int(sys.argv[3]), sys.argv[4]
 loader = bench.DataLoader(bench.Stub(n, (128,)), 1024, collate_fn=bench.data.as_it_is)
 bench.features.compute_features(loader, lambda x: x, directory)
-print(bench.resident_kb())
+print(bench.resident_kb("VmHWM"))
 x = bench.features.load_features(directory, n, directory + "/features.npy")
 bench.cluster.run_kmeans(x, [64], 0.2, niter=2)
 print(bench.resident_kb("RssAnon"))
@@ -611,6 +621,29 @@ def plot(curves, path):
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
+HEADER = """\
+| what | size | ours | of the step | memory, MB | published way | published / ours |
+|---|---|---|---|---|---|---|"""
+
+
+def markdown(row):
+    """A row of the table, from the texts of the CSV's columns."""
+
+    def quantity(text):
+        if not text or row["unit"] != "s":
+            return f"{text} {row['unit']}".strip() if text else ""
+        value = float(text)
+        return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.3g} µs"
+
+    ratio = row.get("ratio") or ""
+    if row.get("low"):
+        ratio = "{:.3g} ({:.3g} to {:.3g})".format(*(float(row[name]) for name in ("ratio", "low", "high")))
+    share = f"{100 * float(row['share']):.1f} %" if row.get("share") else ""
+    memory = f"{float(row['peak_mb']):.0f}" if row.get("peak_mb") else ""
+    cells = row["what"], row["size"], quantity(row.get("ours")), share, memory, quantity(row.get("published")), ratio
+    return f"| {' | '.join(cells)} |"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
@@ -635,17 +668,16 @@ def main():
         ranks(*(("resnet18_w4", 8, 16, 64, 1) if q else ("resnet18", 32, 256, 512, few))),
     ]
     machine = f"{os.cpu_count()} cores ({platform.machine()}), {DEVICE.type}, torch {torch.__version__}"
-    print(f"{machine}\n" + " ".join(f"{name:>{width}}" for name, width in zip(COLUMNS, WIDTHS, strict=True)))
+    print(f"{machine}\n\n{HEADER}")
     args.out.mkdir(exist_ok=True)
+    curves = {}
     with open(args.out / "bench.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in (row for section in sections for row in section):
-            row = {name: row.get(name, "s" if name == "unit" else None) for name in COLUMNS}
-            texts = ["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
-            print(" ".join(f"{text:>{width}}" for text, width in zip(texts, WIDTHS, strict=True)), flush=True)
-            writer.writerow(dict(zip(COLUMNS, texts, strict=True)))
-        curves = {}
+            row = {"unit": "s"} | {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in row.items()}
+            print(markdown(row), flush=True)
+            writer.writerow(row)
         for name, points in growth(q, 2):
             curves[name] = points
             for size, seconds in points:
@@ -653,8 +685,6 @@ def main():
                 writer.writerow({"what": name, "size": size, "ours": f"{seconds:.4g}", "unit": "s"})
     plot(curves, args.out / "bench_growth.png")
 
-
-WIDTHS = (50, 48, 9, 10, 7, 8, 9, 6, 6, 6)
 
 if __name__ == "__main__":
     main()
