@@ -204,6 +204,23 @@ def test_epochs_that_are_not_saved_are_trained_again(folder, tmp_path, monkeypat
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
+def test_a_signal_in_an_epoch_that_is_not_due_is_saved_for(folder, tmp_path, monkeypatch):
+    """Epochs without a save of their own finish clustering first, and lose nothing."""
+    run_kmeans, calls = main_pcl.run_kmeans, []
+
+    def signalled(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 9:  # two granularities an epoch: at the end of epoch 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_kmeans(*args, **kwargs)
+
+    monkeypatch.setattr(main_pcl, "run_kmeans", signalled)
+    with pytest.raises(SystemExit):
+        run(folder, *SMALL, "--epochs", 300, "--exp-dir", tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["run"]
+    assert (state["epoch"], state["step"]) == (5, 0) and state["clusters"]
+
+
 # -- saving
 
 

@@ -82,6 +82,19 @@ def test_ranks_share_queue_clusters_and_features(tmp_path, world):
         torch.testing.assert_close(torch.from_numpy(rank["pixels"]), normalize(images()).flatten(1))
 
 
+def test_ranks_do_not_overwrite_each_others_keys(tmp_path, monkeypatch):
+    args = argparse.Namespace(batch_size=8, exp_dir=tmp_path)
+    for world, steps in ((2, range(0, 2)), (3, range(2, 4))):  # another number of ranks from step 2 on
+        for rank in range(world):
+            monkeypatch.setattr(main_pcl, "ranks", lambda rank=rank, world=world: (rank, world))
+            run = {"skipped": 0, "skipped_in_a_row": 0, "totals": torch.zeros(4), "epoch": 0}
+            index = [torch.tensor([12 * step + rank]) for step in steps]
+            recent = [(*x, torch.zeros(1, 2), torch.ones(4)) for x in zip(steps, index, strict=True)]
+            main_pcl.look_at(recent, run, tmp_path, args, False)
+            assert run["totals"].tolist() == [2] * 4 and not recent
+    assert len(list(tmp_path.glob("batch_*"))) == 2 * 2 + 2 * 3
+
+
 @pytest.mark.parametrize("world, shares", [(1, [[4, 2, 1]]), (2, [[4], [2, 1]]), (4, [[4], [2], [1], []])])
 def test_granularities_are_spread_over_the_ranks(monkeypatch, world, shares):
     for rank in range(world):
