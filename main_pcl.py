@@ -60,6 +60,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends th
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip for an overflow
 LOOK_EVERY = 20  # steps between the moments when the host waits for the device, to see the figures of those steps
 SAVE_EVERY = 60  # seconds; of epochs shorter than that, not every one is saved
+THREADS = torch.get_num_threads()
 MAX_BANK = 50_000  # images that the kNN accuracy during training looks at; the evaluation script takes all
 
 
@@ -160,10 +161,9 @@ def train(args, stop):
     fill_in_defaults(args, datasets, world)
     check(args, len(datasets.train), world)
     kept = datasets.keep(device)
-    if kept:
-        args.workers = 0
-    elif device.type == "cpu" and args.workers and "OMP_NUM_THREADS" not in os.environ:  # workers need cores, too
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    args.workers = 0 if kept else args.workers
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # workers need cores, too
+        torch.set_num_threads(THREADS if kept else max(1, (os.cpu_count() or 1) // 2))
     directory = Path(args.exp_dir)
 
     # -- model, optimizer, precision
