@@ -303,13 +303,15 @@ def train(args, stop):
             report(run, board)
             write_log(directory, run["log"])
         run |= {"epoch": epoch + 1, "step": 0, "totals": torch.zeros(4), "seconds": 0.0, "clusters": next_clusters}
-        if due or stop.received:
+        stopping = stop.received_by_any()  # one answer for all ranks; what comes later waits for the next step
+        if due or stopping:
             copy = f"checkpoint_{epoch:04d}.pth.tar" if to_keep(epoch, args) else None
             save(directory, run, model, optimizer, scaler, args, copy)
             saved = time.time()
         if rank == 0:
             shutil.rmtree(directory / "keys", ignore_errors=True)  # not before: the E-step may have to be done again
-        stop.allow()
+        if stopping:
+            stop.leave()
     if rank == 0:
         board.close()
         shutil.rmtree(directory / "features", ignore_errors=True)
