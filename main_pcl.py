@@ -242,7 +242,7 @@ def train(args, stop):
         order = torch.randperm(len(datasets.train), generator=torch.Generator().manual_seed(seed_of(args.seed, epoch)))
         loader.sampler[:] = order[run["step"] * args.batch_size : steps * args.batch_size][rank::world].tolist()
         model.train()
-        tic, recent = time.time(), []
+        tic, recent, stopping = time.time(), [], False
         stop.deferred = True
         progress = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None if rank == 0 else True)
         for step, (images, index) in enumerate(progress, run["step"]):
@@ -271,12 +271,13 @@ def train(args, stop):
             run["step"] = step + 1
             if len(recent) == LOOK_EVERY:
                 look_at(recent, run, keys, args, scaler.is_enabled())
-            if stop.received_by_any():
+            stopping = stop.received_by_any()
+            if stopping:
                 break
         look_at(recent, run, keys, args, scaler.is_enabled())
         run["totals"] = mean_over_ranks(run["totals"])
         run["seconds"] += time.time() - tic
-        if stop.received:
+        if stopping:
             save(directory, run, model, optimizer, scaler, args)
             stop.leave()
         if world > 1:

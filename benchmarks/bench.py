@@ -78,7 +78,7 @@ def peak_mb(function):
         while not done.wait(0.002):
             seen.append(resident_kb())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     result = function()
     done.set()
