@@ -13,6 +13,8 @@ import faiss
 import numpy as np
 import torch
 
+IMAGENET = 1_281_167  # training images, for which 25,000, 50,000 and 100,000 clusters are published
+
 
 class Clusters(NamedTuple):
     """One granularity: K prototypes of M samples."""
@@ -20,6 +22,14 @@ class Clusters(NamedTuple):
     im2cluster: torch.Tensor  # (M,) int64, the cluster of each sample
     centroids: torch.Tensor  # (K, D) float32 unit rows, the prototypes
     density: torch.Tensor  # (K,) float32 > 0, the concentration phi, a temperature per prototype
+
+    def to(self, device):
+        return Clusters(*(tensor.to(device) for tensor in self))
+
+
+def default_num_cluster(n):
+    """The published numbers of clusters, scaled from ImageNet to `n` samples."""
+    return [min(n, max(2, round(k * n / IMAGENET))) for k in (25_000, 50_000, 100_000)]
 
 
 def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
@@ -71,8 +81,8 @@ def _torch_kmeans(features, k, niter, seed, start, device="cuda"):
     def nearest():
         half = centroids.square().sum(1) / 2
         for first in range(0, len(features), max(1, 2**28 // k)):
-            x = torch.from_numpy(features[first : first + max(1, 2**28 // k)]).to(device)
-            distance, number = torch.addmm(half, x, centroids.T, alpha=-1).min(1)  # half of (x - c)^2 - x^2
+            x = torch.from_numpy(features[first : first + max(1, 2**28 // k)]).to(device)  # (n, D)
+            distance, number = torch.addmm(half, x, centroids.T, alpha=-1).min(1)  # (n,), half of (x - c)^2 - x^2
             yield x, 2 * distance + x.square().sum(1), number
 
     for _ in range(niter):

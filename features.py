@@ -19,35 +19,40 @@ from tqdm import tqdm
 
 
 @torch.no_grad()
-def compute_features(loader, model, directory, device="cpu", first=0):
+def compute_features(loader, model, directory, device="cpu"):
     """Save `model(images)` of every batch of `loader` as `directory`/batch_{i}_features.pt.
 
     loader: yields (images, index), index (B,) the positions in the data set; on several ranks, each has its share.
     model: images (B, ...) on `device` -> features (B, D); it is called as it is, so put it in eval mode first.
-    first: number of the first file; to take up an interrupted pass, what saved_batches says.
-    Features left in `directory` by an earlier pass, from number `first` on, are removed. Each file appears whole or
-    not at all, and holds {"index": (B,) int64, "features": (B, D) float32}. Returns when all ranks are done. Raises
-    OSError where a file cannot be written.
+    Features left in `directory` by an earlier pass are removed. Each file appears whole or not at all, and holds
+    {"index": (B,) int64, "features": (B, D) float32}. Returns when all ranks are done. Raises OSError where a file
+    cannot be written.
     """
-    directory = Path(directory)
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    if rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob("batch_*_features.pt*"):
-            if _number(old) >= first or old.suffix == ".tmp":
-                old.unlink()
-    if distributed:
-        dist.barrier()
-    progress = tqdm(loader, desc="features", leave=False, disable=None if rank == 0 else True)
-    for i, (images, index) in enumerate(progress):
-        features = model(images.to(device, non_blocking=True))
-        save_batch(directory, first + i * world + rank, index, features)
-    if distributed:
+    rank, world = _rank_and_world()
+    clear_features(directory)
+    for i, (features, index) in enumerate(_features_of(loader, model, device)):
+        save_features(directory, i * world + rank, index, features)
+    if world > 1:
         dist.barrier()
 
 
-def save_batch(directory, number, index, features):
+@torch.no_grad()
+def extract_features(loader, model, device="cpu"):
+    """`model(images)` of all of `loader`, kept in memory: (features (n, D) float32, index (n,) int64), on the CPU."""
+    all_features, all_index = [torch.empty(0)], [torch.empty(0, dtype=torch.long)]  # what a rank without a share has
+    for features, index in _features_of(loader, model, device):
+        all_features.append(features.float().cpu())
+        all_index.append(torch.as_tensor(index))
+    return torch.cat(all_features), torch.cat(all_index)
+
+
+def _features_of(loader, model, device):
+    rank, _ = _rank_and_world()
+    for images, index in tqdm(loader, desc="features", leave=False, disable=None if rank == 0 else True):
+        yield model(images.to(device, non_blocking=True)), index
+
+
+def save_features(directory, number, index, features):
     """Write `directory`/batch_{number}_features.pt: whole or not at all. index: (B,) int64; features: (B, D)."""
     path = Path(directory) / f"batch_{number}_features.pt"
     file = io.BytesIO()  # torch's own writer does not say that a disk is full
@@ -56,23 +61,16 @@ def save_batch(directory, number, index, features):
     os.replace(f"{path}.tmp", path)
 
 
-def saved_batches(directory):
-    """What an interrupted pass has left in `directory`: (index (m,) int64 of the samples done, `first` to go on with).
-
-    A file that cannot be read, as after a power cut, is removed.
-    """
-    done, first = [torch.empty(0, dtype=torch.long)], 0
-    for path in Path(directory).glob("batch_*_features.pt"):
-        try:
-            done.append(torch.load(path, weights_only=True)["index"])
-            first = max(first, _number(path) + 1)
-        except Exception:  # there is no end to what broken files make the reader raise
-            path.unlink()
-    return torch.cat(done), first
-
-
-def _number(path):
-    return int(path.name.split("_")[1])
+def clear_features(directory, first=0):
+    """Create `directory` and remove the features in it from number `first` on; all ranks have to call it."""
+    rank, world = _rank_and_world()
+    if rank == 0:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for path in Path(directory).glob("batch_*_features.pt*"):
+            if int(path.name.split("_")[1]) >= first:
+                path.unlink()
+    if world > 1:
+        dist.barrier()
 
 
 def load_features(directory, n, memory_map=None):
@@ -83,21 +81,33 @@ def load_features(directory, n, memory_map=None):
     Raises ValueError where samples are missing (saying how many and which), or where a saved index is not below n,
     and OSError where the disk has no room for the file.
     """
-    features, seen = None, np.zeros(n, dtype=bool)
-    for path in Path(directory).glob("batch_*_features.pt"):
-        batch = torch.load(path, weights_only=True)
-        index = batch["index"].numpy()
-        if index.size and (index.min() < 0 or index.max() >= n):
-            raise ValueError(f"{path} holds a sample outside 0 to {n - 1}: the features are of another data set")
-        if features is None:
-            features = _empty((n, batch["features"].shape[1]), memory_map)
-        features[index] = batch["features"].numpy()
-        seen[index] = True
-    missing = np.flatnonzero(~seen)
+    features, missing = read_features(directory, n, memory_map)
     if missing.size:
         some = ", ".join(map(str, missing[:5])) + (", ..." if missing.size > 5 else "")
         raise ValueError(f"{directory} lacks the features of {missing.size} of {n} samples: {some}")
     return features
+
+
+def read_features(directory, n, memory_map=None, features=None):
+    """As load_features, but samples may be missing: (features (n, D), missing (m,) int64 in ascending order).
+
+    features: the array to put them in; None: a new one, and None comes back where there is nothing to put there. The
+    samples of a file that cannot be read, as after a power cut, are missing.
+    """
+    seen = np.zeros(n, dtype=bool)
+    for path in Path(directory).glob("batch_*_features.pt"):
+        try:
+            batch = torch.load(path, weights_only=True)
+            index, values = batch["index"].numpy(), batch["features"].numpy()
+        except Exception:  # there is no end to what broken files make the reader raise
+            continue
+        if index.size and (index.min() < 0 or index.max() >= n):
+            raise ValueError(f"{path} holds a sample outside 0 to {n - 1}: the features are of another data set")
+        if features is None:
+            features = _empty((n, values.shape[1]), memory_map)
+        features[index] = values
+        seen[index] = True
+    return features, np.flatnonzero(~seen)
 
 
 def _empty(shape, path):
@@ -109,3 +119,10 @@ def _empty(shape, path):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
     return array
+
+
+def _rank_and_world():
+    """(this process's rank, number of processes)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

@@ -5,7 +5,8 @@ MoCo (He et al. 2020, arXiv 1911.05722) with the MLP head of MoCo v2 (arXiv 2003
 
     model = MoCo(functools.partial(build_encoder, "resnet18", small_images=True), dim=128, r=4096)
     q, k, c = model(im_q, im_k, clustering=True)      # InfoNCE takes q, k and model.queue; ProtoNCE takes c
-    model.update(k)                                   # after the optimizer's step: momentum update, then enqueue
+    model.momentum_update_key_encoder()               # after the optimizer's step
+    model.dequeue_and_enqueue(k)
 """
 
 import copy
@@ -88,7 +89,7 @@ class MoCo(nn.Module):
     mlp: a hidden layer before the last one: heads a and ã.
     cluster_head: "none", PCL as published; "report", one Linear and ReLU on the momentum key, for every use of the
         key; "twin", a head of two layers on both branches, for the prototypes alone.
-    bn_splits: groups with batch-norm statistics of their own in this process' batch; the keys are dealt out anew
+    bn_splits: groups with batch-norm statistics of their own in this process's batch; the keys are dealt out anew
         over the groups of all processes, so that a key's statistics do not tell which query it belongs to.
     `queue`: (D, R) unit columns.
     """
@@ -96,7 +97,7 @@ class MoCo(nn.Module):
     def __init__(self, base_encoder, dim=128, r=16384, m=0.999, mlp=True, cluster_head="none", bn_splits=1):
         super().__init__()
         self.cluster_head, self.bn_splits = cluster_head, bn_splits
-        self.momentum_update = get_ema_multi_avg_fn(m)
+        self.moving_average = get_ema_multi_avg_fn(m)
         norm_layer = nn.BatchNorm2d if bn_splits == 1 else lambda width: SplitBatchNorm2d(width, bn_splits)
         self.encoder_q = base_encoder(num_classes=dim, norm_layer=norm_layer)
         if mlp:
@@ -123,12 +124,13 @@ class MoCo(nn.Module):
         """
         if len(im_q) % self.bn_splits:
             raise ValueError(f"a batch of {len(im_q)} does not split into {self.bn_splits} equal groups")
-        z_q = self.encoder_q(im_q)
+        z_q = self.encoder_q(im_q)  # (N, D)
         with torch.no_grad():
-            im_k, own_rows = self._shuffle(im_k)
-            z_k = self._gather(self.encoder_k(im_k))[own_rows]
-        k = _unit(self.v(_unit(z_k))) if clustering and self.cluster_head == "report" else _unit(z_k)
-        q = _unit(z_q)
+            im_k, own_rows = self.batch_shuffle(im_k)
+            z_k = concat_all_gather(self.encoder_k(im_k))[own_rows]  # (N, D), in the order of z_q again
+        q, k = _unit(z_q), _unit(z_k)
+        if clustering and self.cluster_head == "report":
+            k = _unit(self.v(k))
         c = _unit(self.b_q(z_q)) if clustering and self.cluster_head == "twin" else q
         return (q, k, c, self._to_cluster(z_k)) if features else (q, k, c)
 
@@ -151,28 +153,31 @@ class MoCo(nn.Module):
         return _unit(z_k)
 
     @torch.no_grad()
-    def update(self, k):
-        """After the optimizer's step: momentum update of the key branch, then the keys (N, D) go into the queue."""
+    def momentum_update_key_encoder(self):
+        """After the optimizer's step: key branch <- m * key branch + (1 - m) * query branch (MoCo, eq. 2)."""
         online, average = [*self.encoder_q.parameters()], [*self.encoder_k.parameters()]
         if self.cluster_head == "twin":
             online += self.b_q.parameters()
             average += self.b_k.parameters()
-        self.momentum_update(average, online, None)
+        self.moving_average(average, online, None)
 
+    @torch.no_grad()
+    def dequeue_and_enqueue(self, k):
+        """The keys (N, D) of all processes take the place of the queue's oldest; any number of them."""
         r = self.queue.shape[1]
-        keys = self._gather(k)[-r:]
+        keys = concat_all_gather(k)[-r:]
         self.queue[:, (self.queue_ptr + torch.arange(len(keys), device=k.device)) % r] = keys.T
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % r)
 
     @torch.no_grad()
-    def _shuffle(self, images):
+    def batch_shuffle(self, images):
         """Deal the images of all processes out over the batch-norm groups of all processes.
 
         Each group's images go to all groups in equal shares, which is as little as a key's group can have in common
-        with its query's. Returns this process' share and the rows of this process' own images among the gathered
-        outputs.
+        with its query's. images: (N, 3, H, W). Returns this process's share (N, 3, H, W), and the rows (N,) of its own
+        images among the gathered outputs, which undo the shuffle.
         """
-        n, world, rank = len(images), *_world()
+        n, rank, world = len(images), *_rank_and_world()
         groups = world * self.bn_splits
         if groups == 1:
             return images, slice(None)
@@ -181,25 +186,25 @@ class MoCo(nn.Module):
         if world > 1:
             dist.broadcast(order, 0)
         share = order.view(world, n)[rank]
-        return self._gather(images)[share], order.argsort().view(world, n)[rank]
-
-    @staticmethod
-    def _gather(x):
-        """The rows of all processes, in rank order; without gradient."""
-        world, _ = _world()
-        if world == 1:
-            return x.detach()
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(world)]
-        dist.all_gather(parts, x)
-        return torch.cat(parts)
+        return concat_all_gather(images)[share], order.argsort().view(world, n)[rank]
 
 
-def _world():
-    """(number of processes, this one's rank)."""
+@torch.no_grad()
+def concat_all_gather(x):
+    """The rows (N, ...) of all processes, in rank order: (N * processes, ...), without gradient."""
+    _, world = _rank_and_world()
+    if world == 1:
+        return x.detach()
+    gathered = x.new_empty(world * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x.contiguous())
+    return gathered
+
+
+def _rank_and_world():
+    """(this process's rank, number of processes)."""
     if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size(), dist.get_rank()
-    return 1, 0
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def _unit(x):

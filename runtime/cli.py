@@ -1,0 +1,83 @@
+"""The command line: types of arguments, and errors in one line."""
+
+import argparse
+import contextlib
+import math
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every flag whose help does not say it."""
+
+    def _get_help_string(self, action):
+        told = action.default in (None, False) or "default" in action.help
+        return action.help if told else super()._get_help_string(action)
+
+
+def make_parser(description):
+    """An argument parser that takes no abbreviations and whose errors are one line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.error = fail
+    return parser
+
+
+def bounded(kind, low, below=math.inf, above_low=False):
+    """An argparse type: finite numbers of `kind` from `low`, or with `above_low` beyond it, to less than `below`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value < below or (above_low and value == low):
+            least = f"{'above' if above_low else 'at least'} {low}"
+            raise argparse.ArgumentTypeError(f"must be {least} and below {below}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's own message
+    return parse
+
+
+positive_int, nonnegative_int = bounded(int, 1), bounded(int, 0)
+positive_float, nonnegative_float = bounded(float, 0, above_low=True), bounded(float, 0)
+
+
+def int_list(text):
+    """An argparse type: positive whole numbers with commas between them."""
+    return [positive_int(number) for number in text.split(",")]
+
+
+@contextlib.contextmanager
+def errors_in_one_line(data_error):
+    """As a context: what the user's data (`data_error`), the disk or another process is to blame for ends the program.
+
+    Exit status 2 for the data, 1 for the others.
+    """
+    try:
+        yield
+    except data_error as error:
+        fail(format_error(error))
+    except OSError as error:
+        fail(f"{format_error(error)}; what was saved before is whole: make room, and go on with --resume", 1)
+    except RuntimeError as error:
+        if not dist.is_initialized() or not any(word in str(error).lower() for word in ("gloo", "nccl")):
+            raise
+        why = format_error(error)
+        fail(f"another process of this run has ended, so this one does; go on with --resume ({why})", 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def format_error(error):
+    """The message of an error in one line; of one that a loader worker passed on, the original's message."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def fail(message, status=2):
+    """Say in one line what is wrong and end the program with `status`."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(status)
