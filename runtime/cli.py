@@ -13,7 +13,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the default of every flag whose help does not say it."""
 
     def _get_help_string(self, action):
-        told = action.default in (None, False) or "default" in action.help
+        told = action.default is None or "default" in action.help
         return action.help if told else super()._get_help_string(action)
 
 
