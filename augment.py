@@ -14,14 +14,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in Mo
 
 class RandomView:
     """A random view of every image of a batch: "aug-plus" of MoCo v2 or, where `aug_plus` is off, that of MoCo v1.
-
     The distribution is that of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and RandomHorizontalFlip
-    on PIL images, and of SimCLR's blur (standard deviation uniform in 0.1 to 2 pixels), without their rounding to 8
-    bits between the operations.
-
+    on PIL images, and of SimCLR's blur (sigma uniform in 0.1 to 2 pixels), without rounding to 8 bits in between.
     size: S, side of a view in pixels. crop: off where the images come cropped, as from a loader worker.
-    crop_min: smallest area of a crop, as a part of the image's.
-    """
+    crop_min: smallest area of a crop, as a part of the image's."""
 
     TRIES = 10  # boxes that are tried for one that fits
     DRAWS = 2 * TRIES + 15  # random numbers per view
@@ -31,8 +27,8 @@ class RandomView:
     ):
         self.size, self.crop_min, self.crop = size, crop_min, crop
         self.jitter = torch.tensor([0.4, 0.4, 0.4, 0.1 if aug_plus else 0.4])
-        self.p_jitter = color_jitter * (0.8 if aug_plus else 1.0)
-        self.p_gray, self.p_blur, self.p_flip = grayscale * 0.2, blur * aug_plus * 0.5, flip * 0.5
+        p_jitter = color_jitter * (0.8 if aug_plus else 1.0)
+        self.chances = torch.tensor([p_jitter, grayscale * 0.2, blur * aug_plus * 0.5, flip * 0.5])
 
     @classmethod
     def draw(cls, n, seed):
@@ -41,16 +37,14 @@ class RandomView:
 
     def two_views(self, images, draws):
         """im_q, im_k, each (N, 3, S, S) float32, of images uint8 and draws (2, N, DRAWS).
-
-        images: (N, 3, H, W), or where they come cropped (N, 2, 3, S, S).
-        """
+        images: (N, 3, H, W), or where they come cropped (N, 2, 3, S, S)."""
         pair = (images, images) if self.crop else images.unbind(1)
         return self(torch.cat(pair), draws.flatten(0, 1)).chunk(2)
 
     def __call__(self, images, draws):
         """images (N, 3, H, W) uint8, draws (N, DRAWS) on the CPU -> (N, 3, S, S) float32, normalised."""
         box, factors, order, chance, sigma = draws.split([2 * self.TRIES + 2, 4, 4, 4, 1], 1)
-        jitter, gray, blur, flip = (chance < torch.tensor([self.p_jitter, self.p_gray, self.p_blur, self.p_flip])).T
+        jitter, gray, blur, flip = (chance < self.chances).T
         x = images.float() / 255
         if self.crop:
             x = resized_crop(x, random_boxes(box, *x.shape[2:], self.crop_min), self.size)
@@ -89,9 +83,7 @@ def random_boxes(u, height, width, area_min):
 
 def resized_crop(x, boxes, size):
     """The boxes (N, 4) of the images x (N, 3, H, W), resized to (N, 3, size, size) as PIL's bilinear filter does it.
-
-    Rows and columns are resized by a matrix product each: a triangle as wide as a pixel of the finer grid is coarse.
-    """
+    Rows and columns are resized by a matrix product each: a triangle as wide as a pixel of the finer grid is coarse."""
     top, left, height, width = boxes.to(x.device, non_blocking=True).T[..., None, None]
     rows, columns = _resizing(top, height, x.shape[2], size), _resizing(left, width, x.shape[3], size)
     return rows[:, None] @ x @ columns[:, None].mT

@@ -34,14 +34,12 @@ def default_num_cluster(n):
 
 def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
     """Cluster `features` (M, D) once for each number in `num_cluster`.
-
     features: an array in memory, or a memory-mapped one: each iteration is one pass over it from front to back.
     temperature: the mean of the concentrations. niter: k-means iterations.
     init: centroids to start from, one (K, D) per granularity, such as the prototypes of an epoch ago; then half of
         `niter` is enough. None: random samples.
     Returns a list of Clusters, in the order of `num_cluster`. Samples go to the nearest raw centroid; the centroids
-    are normalised after that. Raises ValueError where a number is below 1 or exceeds M.
-    """
+    are normalised after that. Raises ValueError where a number is below 1 or exceeds M."""
     features = np.ascontiguousarray(features, dtype=np.float32)
     results = []
     for k, start in zip(num_cluster, init or [None] * len(num_cluster), strict=True):
@@ -58,15 +56,8 @@ def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
 
 def _faiss_kmeans(features, k, niter, seed, start):
     """(centroids (k, D), squared distance to the nearest (M,), its number (M,))."""
-    kmeans = faiss.Kmeans(
-        features.shape[1],
-        k,
-        niter=niter,
-        seed=seed,
-        gpu=faiss.get_num_gpus() > 0,
-        min_points_per_centroid=1,
-        max_points_per_centroid=1000,
-    )
+    sizes = {"min_points_per_centroid": 1, "max_points_per_centroid": 1000}
+    kmeans = faiss.Kmeans(features.shape[1], k, niter=niter, seed=seed, gpu=faiss.get_num_gpus() > 0, **sizes)
     kmeans.train(features, init_centroids=start)
     return kmeans.centroids, *kmeans.assign(features)
 
@@ -103,11 +94,9 @@ def _torch_kmeans(features, k, niter, seed, start, device="cuda"):
 
 def concentration(distances, im2cluster, num_cluster, temperature):
     """The concentration phi of each cluster (PCL, eq. 12): (num_cluster,) float32 > 0 with mean `temperature`.
-
     distances: (M,) Euclidean, of each sample to its centroid; im2cluster: (M,) int.
     phi = sum(d) / (Z log(Z + 10)) over a cluster's Z samples; a cluster without extent (no sample, one, or copies
-    of one) takes the largest phi; phi is clipped to its 10th and 90th percentile and scaled.
-    """
+    of one) takes the largest phi; phi is clipped to its 10th and 90th percentile and scaled."""
     size = np.bincount(im2cluster, minlength=num_cluster)
     total = np.bincount(im2cluster, weights=distances, minlength=num_cluster)
     phi = total / (size.clip(1) * np.log(size + 10))

@@ -24,7 +24,7 @@ from torchvision.transforms import functional as TF
 SMALL = 64  # up to this many pixels: no blur, and no border cut off in the plain view
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
 MEMORY = 4 << 30  # bytes that images kept in memory may take
-NAMES = ("digits", "cifar10", "cifar100", "stl10")
+DOWNLOADS = {"cifar10": tv_datasets.CIFAR10, "cifar100": tv_datasets.CIFAR100, "stl10": tv_datasets.STL10}
 
 
 class DataError(ValueError):
@@ -38,16 +38,14 @@ def derive_seed(*numbers):
 
 class Images(Dataset):
     """Images of `source` under `view`: item i is `(view(image i), i)`; batches come as batches (`__getitems__`).
-
     source: a data set of (PIL image, label) with the labels also in `.targets` or `.labels`.
     view: PIL image -> uint8 tensor (..., 3, H, W).
-    seed: makes each random view a function of (seed, epoch, i) alone, whatever the number of workers or the order;
-        `set_epoch` reaches loader workers that are already running. None: the global random state.
+    seed: a random view follows from (seed, epoch, i) alone, whatever the number of workers or the order; `set_epoch`
+        reaches loader workers that are already running.
     pixels: (n, 3, H, W) uint8 on any device, to take in place of `view(image i)`.
-    `labels`: (n,) int64, -1 where there is none.
-    """
+    `labels`: (n,) int64, -1 where there is none."""
 
-    def __init__(self, source, view, seed=None, pixels=None):
+    def __init__(self, source, view, seed=0, pixels=None):
         self.source, self.view, self.seed, self.pixels = source, view, seed, pixels
         self.labels = torch.as_tensor(source.targets if hasattr(source, "targets") else source.labels).long()
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
@@ -59,12 +57,9 @@ class Images(Dataset):
         return len(self.source)
 
     def __getitem__(self, index):
-        image = self.image(index)
-        if self.seed is None:
-            return self.view(image), index
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(self.seed, int(self.epoch), index))
-            return self.view(image), index
+            return self.view(self.image(index)), index
 
     def __getitems__(self, indices):
         if self.pixels is None:
@@ -91,10 +86,8 @@ def identity_collate(batch):
 
 class EpochSampler(Sampler):
     """This process's share of `n` samples in random order, in whole batches; `set_epoch` before each epoch.
-
     As PyTorch's DistributedSampler, but an epoch can be taken up in its middle, and the samples of a step are the
-    same whatever the number of processes. batch_size: of all processes together, a multiple of their number.
-    """
+    same whatever the number of processes. batch_size: of all processes together, a multiple of their number."""
 
     def __init__(self, n, batch_size, seed=0, rank=0, world=1):
         self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
@@ -123,20 +116,14 @@ class Datasets(NamedTuple):
     fingerprint: str  # changes where training images are added, removed, renamed or labelled anew
 
 
-class Digits(Dataset):
-    """1,797 handwritten digits of 8x8 (UCI Optical Recognition, CC BY 4.0); the last 360 are held out."""
+class Digits(list):
+    """A part of 1,797 handwritten digits of 8x8 (UCI Optical Recognition, CC BY 4.0)."""
 
-    def __init__(self, train):
-        self.classes = [str(digit) for digit in range(10)]
+    def __init__(self, part):
         with np.load(DIGITS) as file:
-            part = slice(None, -360) if train else slice(-360, None)
-            self.images, self.targets = file["images"][part], file["labels"][part]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return Image.fromarray(self.images[index]), int(self.targets[index])
+            images, self.targets = file["images"][part], file["labels"][part]
+        super().__init__(zip(map(Image.fromarray, images), self.targets, strict=True))
+        self.classes = [str(digit) for digit in range(10)]
 
 
 class TwoCrops(T.RandomResizedCrop):
@@ -159,10 +146,8 @@ def linear_view(image_size, flip=True):
 
 def load_into_memory(datasets, device="cpu"):
     """`datasets` with all images in the memory of `device`: the training images whole, the others as they are seen.
-
     Returned as it is where the training images differ in size or all together take more than MEMORY. Raises
-    DataError where an image cannot be read.
-    """
+    DataError where an image cannot be read."""
     whole = Images(datasets.train.source, T.PILToTensor())
     shape, others = whole[0][0].shape, {"plain": datasets.plain, "val": datasets.val or []}
     if len(whole) * shape.numel() + sum(map(len, others.values())) * 3 * datasets.image_size**2 > MEMORY:
@@ -184,38 +169,31 @@ def load_into_memory(datasets, device="cpu"):
 
 def build_datasets(data=None, image_size=None, seed=0, download_dir="datasets", **augmentation):
     """The training, plain and held-out images of `data`.
-
-    data: None or "digits", a folder, or a name in NAMES, which torchvision downloads to `download_dir`.
+    data: None or "digits", a folder, or a name in DOWNLOADS, which torchvision downloads to `download_dir`.
     image_size: side of a view in pixels; None: the images' own (median shorter side), at most 224.
     augmentation: keywords of augment.RandomView; blur, flip and crop_min, where None or not given, fit the data: no
         blur up to 64 pixels, no mirror images and only large crops of digits.
-    Returns Datasets. Raises DataError, in one line, where the data is missing, empty or not what it should be.
-    """
+    Returns Datasets. Raises DataError, in one line, where the data is missing, empty or not what it should be."""
     digits = data in (None, "digits")
     if digits:
-        train, val = Digits(train=True), Digits(train=False)
+        train, val = Digits(slice(None, -360)), Digits(slice(-360, None))  # written by other people
     elif Path(data).is_dir():
         train, val = _folders(Path(data))
-    elif data in NAMES:
+    elif data in DOWNLOADS:
         train, val = _download(data, download_dir)
     else:
-        raise DataError(f"{data} is neither a folder nor a known data set ({', '.join(NAMES)})")
+        raise DataError(f"{data} is neither a folder nor a known data set (digits, {', '.join(DOWNLOADS)})")
     if image_size is None:
         probe = np.linspace(0, len(train) - 1, min(len(train), 64)).astype(int)
-        unaltered = Images(train, None)
-        image_size = min(224, int(np.median([min(unaltered.image(int(i)).size) for i in probe])))
+        image_size = min(224, int(np.median([min(Images(train, None).image(int(i)).size) for i in probe])))
     fitting = {"blur": image_size > SMALL, "flip": not digits, "crop_min": 0.5 if digits else 0.2}
     augmentation = fitting | {name: value for name, value in augmentation.items() if value is not None}
     crops = Images(train, TwoCrops(image_size, scale=(augmentation["crop_min"], 1.0)), seed)
     plain = Images(train, plain_view(image_size))
     val = Images(val, plain_view(image_size)) if val is not None else None
-    return Datasets(crops, plain, val, train.classes, image_size, augmentation, _fingerprint(plain))
-
-
-def _fingerprint(images):
-    source = images.source
-    names = [path.removeprefix(source.root) for path, _ in getattr(source, "samples", ())]
-    return hashlib.sha256(repr([source.classes, names, images.labels.tolist()]).encode()).hexdigest()
+    names = [path.removeprefix(train.root) for path, _ in getattr(train, "samples", ())]
+    fingerprint = hashlib.sha256(repr([train.classes, names, plain.labels.tolist()]).encode()).hexdigest()
+    return Datasets(crops, plain, val, train.classes, image_size, augmentation, fingerprint)
 
 
 def _folders(root):
@@ -245,11 +223,10 @@ def _folders(root):
 
 def _download(name, directory):
     """The training and held-out part of a torchvision data set; STL-10's unlabelled images are trained on too."""
-    kind = {"cifar10": tv_datasets.CIFAR10, "cifar100": tv_datasets.CIFAR100, "stl10": tv_datasets.STL10}[name]
-    train, held_out = {"train": True}, {"train": False}
-    if name == "stl10":
-        train, held_out = {"split": "train+unlabeled"}, {"split": "test"}
+    parts = (
+        [{"split": "train+unlabeled"}, {"split": "test"}] if name == "stl10" else [{"train": True}, {"train": False}]
+    )
     try:
-        return [kind(directory, download=True, **part) for part in (train, held_out)]
+        return [DOWNLOADS[name](directory, download=True, **part) for part in parts]
     except (OSError, RuntimeError) as error:
         raise DataError(f"cannot download {name} to {directory}: {error}; give a folder of images instead") from error

@@ -9,6 +9,8 @@ stand an untrained one and the raw pixels. Linear probe: MoCo (arXiv 1911.05722,
     python eval_lincls.py path/to/imagenet --pretrained moco_v2_200ep_pretrain.pth.tar --augment
 """
 
+import argparse
+import functools
 from pathlib import Path
 
 import torch
@@ -40,7 +42,8 @@ def get_parser():
     add("-j", "--workers", type=cli.nonnegative_int, default=0, help="processes that load images")
     add("--image-size", type=cli.positive_int, help="side of a view in pixels; default: as in training")
     add("--num-cluster", type=cli.int_list, help="comma-separated; default: as in training")
-    add("--no-baselines", action="store_false", dest="baselines", help="leave out untrained network and raw pixels")
+    switch = argparse.BooleanOptionalAction
+    add("--baselines", action=switch, default=True, help="the untrained network and raw pixels beside it")
     add("--seed", type=cli.nonnegative_int, default=0, help="of the probe, the clustering and the untrained network")
     return parser
 
@@ -72,6 +75,8 @@ def evaluate(args, encoder, arch, datasets, num_cluster, flip):
         small = encoder.conv1.kernel_size == (3, 3)
         networks["untrained"] = backbone(build_encoder(arch, small_images=small))
         networks["raw pixels"] = nn.Sequential(nn.AdaptiveAvgPool2d(min(datasets.image_size, 32)), nn.Flatten(1))
+    load = functools.partial(DataLoader, batch_size=args.batch_size, collate_fn=identity_collate)
+    load = functools.partial(load, num_workers=args.workers, persistent_workers=args.workers > 0)
     labels = datasets.plain.labels.to(device)
     known = labels >= 0
     if not known.any():
@@ -79,14 +84,18 @@ def evaluate(args, encoder, arch, datasets, num_cluster, flip):
     table = {}
     for name, network in networks.items():
         network.to(device).eval()
-        train = extract(network, datasets.plain, args.batch_size, args.workers, device)
+
+        def encode(x, network=network):
+            return network(normalize(x))
+
+        train = extract_features(load(datasets.plain), encode, device)[0].to(device)
         row = table[name] = {}
         if datasets.val is not None:
-            val = extract(network, datasets.val, args.batch_size, args.workers, device)
+            val = extract_features(load(datasets.val), encode, device)[0].to(device)
             val_labels = datasets.val.labels.to(device)
             if args.augment:
                 view = Images(datasets.plain.source, linear_view(datasets.image_size, flip), args.seed)
-                batches = augmented_batches(network, view, args.batch_size, args.workers, device)
+                batches = augmented_batches(encode, load(view, shuffle=True), device)
             else:
                 batches = stored_batches(train[known], labels[known], args.batch_size)
             scores = linear_probe(batches, val, len(datasets.classes), args.lr, args.epochs)
@@ -96,35 +105,24 @@ def evaluate(args, encoder, arch, datasets, num_cluster, flip):
             row["kNN"] = knn_accuracy(train[known], labels[known], val, val_labels)
         features = F.normalize(train, dim=1).cpu().numpy()
         for clusters in run_kmeans(features, sorted(num_cluster, reverse=True), 0.2, args.seed):
-            found = clusters.im2cluster[known.cpu()]
-            nmi = normalized_mutual_info_score(labels[known].cpu(), found)
+            nmi = normalized_mutual_info_score(labels[known].cpu(), clusters.im2cluster[known.cpu()])
             row[f"NMI {len(clusters.centroids)}"] = 100 * float(nmi)
-    columns = list(table["trained"])
-    print("in percent".ljust(12) + "".join(column.rjust(max(8, len(column) + 2)) for column in columns))
+    print("in percent".ljust(12) + "".join(f"{column:>10}" for column in table["trained"]))
     for name, row in table.items():
-        print(name.ljust(12) + "".join(f"{row[column]:{max(8, len(column) + 2)}.1f}" for column in columns))
+        print(name.ljust(12) + "".join(f"{figure:10.1f}" for figure in row.values()))
     return table
 
 
-def extract(network, images, batch_size, workers, device):
-    """Features of `images` in data set order: (n, D) float32 on `device`."""
-    loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=identity_collate)
-    features, _ = extract_features(loader, lambda x: network(normalize(x)), device)
-    return features.to(device)
-
-
-def augmented_batches(network, images, batch_size, workers, device):
+def augmented_batches(encode, loader, device):
     """An epoch's batches of features of random crops, computed anew each time it is called."""
-    loading = {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": identity_collate}
-    loader = DataLoader(images, batch_size, shuffle=True, **loading)
 
     def batches(epoch):
-        images.set_epoch(epoch)
+        loader.dataset.set_epoch(epoch)
         for views, index in tqdm(loader, desc=f"probe {epoch}", leave=False, disable=None):
-            labels = images.labels[index]
+            labels = loader.dataset.labels[index]
             known = labels >= 0
             with torch.no_grad():
-                features = network(normalize(views[known].to(device)))
+                features = encode(views[known].to(device))
             yield features, labels[known].to(device)
 
     return batches
@@ -132,9 +130,7 @@ def augmented_batches(network, images, batch_size, workers, device):
 
 def load_encoder(checkpoint):
     """The query encoder of a checkpoint of this project or of published MoCo and PCL; its heads are left out.
-
-    Raises ValueError where the weights do not fit the architecture that the checkpoint names.
-    """
+    Raises ValueError where the weights do not fit the architecture that the checkpoint names."""
     prefix = "module.encoder_q."
     state = {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}

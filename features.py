@@ -21,17 +21,16 @@ from tqdm import tqdm
 @torch.no_grad()
 def compute_features(loader, model, directory, device="cpu"):
     """Save `model(images)` of every batch of `loader` as `directory`/batch_{i}_features.pt.
-
     loader: yields (images, index), index (B,) the positions in the data set; on several ranks, each has its share.
     model: images (B, ...) on `device` -> features (B, D); it is called as it is, so put it in eval mode first.
-    Features left in `directory` by an earlier pass are removed. Each file appears whole or not at all, and holds
-    {"index": (B,) int64, "features": (B, D) float32}. Returns when all ranks are done. Raises OSError where a file
-    cannot be written.
-    """
+    What an earlier pass has left in `directory` is removed. Each file holds {"index": (B,) int64, "features": (B, D)
+    float32}. Returns when all ranks are done. Raises OSError where a file cannot be written."""
     rank, world = _rank_and_world()
     clear_features(directory)
-    for i, (features, index) in enumerate(_features_of(loader, model, device)):
-        save_features(directory, i * world + rank, index, features)
+    for i, (images, index) in enumerate(
+        tqdm(loader, desc="features", leave=False, disable=None if rank == 0 else True)
+    ):
+        save_features(directory, i * world + rank, index, model(images.to(device, non_blocking=True)))
     if world > 1:
         dist.barrier()
 
@@ -39,26 +38,19 @@ def compute_features(loader, model, directory, device="cpu"):
 @torch.no_grad()
 def extract_features(loader, model, device="cpu"):
     """`model(images)` of all of `loader`, kept in memory: (features (n, D) float32, index (n,) int64), on the CPU."""
-    all_features, all_index = [torch.empty(0)], [torch.empty(0, dtype=torch.long)]  # what a rank without a share has
-    for features, index in _features_of(loader, model, device):
-        all_features.append(features.float().cpu())
-        all_index.append(torch.as_tensor(index))
-    return torch.cat(all_features), torch.cat(all_index)
-
-
-def _features_of(loader, model, device):
-    rank, _ = _rank_and_world()
-    for images, index in tqdm(loader, desc="features", leave=False, disable=None if rank == 0 else True):
-        yield model(images.to(device, non_blocking=True)), index
+    parts = [(torch.empty(0), torch.empty(0, dtype=torch.long))]  # all that a rank without a share has
+    for images, index in tqdm(
+        loader, desc="features", leave=False, disable=None if _rank_and_world()[0] == 0 else True
+    ):
+        parts.append((model(images.to(device, non_blocking=True)).float().cpu(), torch.as_tensor(index)))
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def save_features(directory, number, index, features):
-    """Write `directory`/batch_{number}_features.pt: whole or not at all. index: (B,) int64; features: (B, D)."""
-    path = Path(directory) / f"batch_{number}_features.pt"
+    """Write `directory`/batch_{number}_features.pt. index: (B,) int64; features: (B, D). OSError on a full disk."""
     file = io.BytesIO()  # torch's own writer does not say that a disk is full
     torch.save({"index": torch.as_tensor(index), "features": features.float().cpu()}, file)
-    Path(f"{path}.tmp").write_bytes(file.getbuffer())
-    os.replace(f"{path}.tmp", path)
+    (Path(directory) / f"batch_{number}_features.pt").write_bytes(file.getbuffer())
 
 
 def clear_features(directory, first=0):
@@ -66,7 +58,7 @@ def clear_features(directory, first=0):
     rank, world = _rank_and_world()
     if rank == 0:
         Path(directory).mkdir(parents=True, exist_ok=True)
-        for path in Path(directory).glob("batch_*_features.pt*"):
+        for path in Path(directory).glob("batch_*_features.pt"):
             if int(path.name.split("_")[1]) >= first:
                 path.unlink()
     if world > 1:
@@ -75,12 +67,10 @@ def clear_features(directory, first=0):
 
 def load_features(directory, n, memory_map=None):
     """The saved features of samples 0 to n - 1 in data set order: (n, D) float32 array.
-
     memory_map: path of a file to keep the array in, so that it need not fit in memory; np.load(path, mmap_mode="c")
         opens it again.
     Raises ValueError where samples are missing (saying how many and which), or where a saved index is not below n,
-    and OSError where the disk has no room for the file.
-    """
+    and OSError where the disk has no room for the file."""
     features, missing = read_features(directory, n, memory_map)
     if missing.size:
         some = ", ".join(map(str, missing[:5])) + (", ..." if missing.size > 5 else "")
@@ -90,10 +80,8 @@ def load_features(directory, n, memory_map=None):
 
 def read_features(directory, n, memory_map=None, features=None):
     """As load_features, but samples may be missing: (features (n, D), missing (m,) int64 in ascending order).
-
     features: the array to put them in; None: a new one, and None comes back where there is nothing to put there. The
-    samples of a file that cannot be read, as after a power cut, are missing.
-    """
+    samples of a file that is not whole, as after a power cut, are missing."""
     seen = np.zeros(n, dtype=bool)
     for path in Path(directory).glob("batch_*_features.pt"):
         try:

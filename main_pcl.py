@@ -22,8 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer_v2
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from augment import RandomView, normalize
@@ -34,9 +37,8 @@ from loss import info_nce, proto_nce
 from metrics import knn_accuracy
 from model import MoCo, backbone, build_encoder
 from runtime import checkpoint, cli, distributed
-from runtime.checkpoint import RunState
+from runtime.checkpoint import RunState, draw_prototypes, write_log
 from runtime.distributed import get_rank_and_world, print_main
-from runtime.report import Log, draw_prototypes
 
 SYNC_EVERY = 20  # steps between the moments when the host waits for the device, to see the figures of those steps
 SAVE_EVERY = 60  # seconds; of epochs shorter than that, not every one is saved
@@ -46,18 +48,13 @@ BASE_LR = {"sgd": 0.03, "adamw": 1e-3, "lamb": 5e-3, "lars": 0.3}  # per batch o
 AUGMENTATION = ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "flip")
 SIZES = ("arch", "stem", "batch_size", "lr", "pcl_r", "num_cluster", "moco_m", "bn_splits", "cluster_head")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-THREADS = torch.get_num_threads()
 
 
 # -- the method ---------------------------------------------------------------------------------------------------
-
-
 def train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run, args, keys, stop):
     """M-step: the steps of one epoch from `run.step` on, up to its end or a stop signal (PCL, algorithm 1).
-
     forward: `model`, or what averages its gradients over the processes. keys: the directory for the epoch's keys, or
-    None. The features to cluster, and the figures, stay on the device for SYNC_EVERY steps.
-    """
+    None. The features to cluster, and the figures, stay on the device for SYNC_EVERY steps."""
     model.train()
     rank, world = get_rank_and_world()
     clusters = run.clusters if run.epoch >= args.warmup else None  # the warm-up is InfoNCE alone
@@ -98,11 +95,9 @@ def train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run,
 
 def e_step(model, images, previous, epoch, args, keys=None):
     """E-step: the Clusters of all training images for `epoch`, a list with one for each of --num-cluster (PCL, eq. 12).
-
     images: the training images under the plain view. previous: the Clusters to start from, or None. keys: the
     directory with the features that training has left; those of images that it left out, and without `keys` all, are
-    computed from the plain images. The granularities are spread over the ranks; every rank gets the same list.
-    """
+    computed from the plain images. The granularities are spread over the ranks; every rank gets the same list."""
     rank, world = get_rank_and_world()
     directory, n = Path(args.exp_dir) / "features", len(images)
     clear_features(directory)
@@ -111,12 +106,13 @@ def e_step(model, images, previous, epoch, args, keys=None):
         features, missing = read_features(keys, n, file)
     missing = distributed.broadcast_object(missing)
     with autocast(args):
-        loader = plain_loader(images, missing, args)
-        compute_features(loader, lambda x: model.encode(normalize(x)), directory, args.device)
+        plain = plain_loader(images, missing, args)
+        compute_features(plain, lambda x: model.encode(normalize(x)), directory, args.device)
     if rank == 0:
         read_features(directory, n, file, features)
         del features  # closes the file
-    distributed.barrier()
+    if world > 1:
+        dist.barrier()
     features = np.load(file, mmap_mode="c")  # (n, D), on the disk; "r" makes torch warn
 
     start = {len(level.centroids): level.centroids.cpu().numpy() for level in previous or ()}
@@ -137,6 +133,8 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
     directory, steps = Path(args.exp_dir), len(datasets.train) // args.batch_size
     save = functools.partial(checkpoint.save, directory, run, model, optimizer, scaler, args)
     save()
+    if rank == 0:
+        board = SummaryWriter(directory, purge_step=run.epoch)
     if run.knn_untrained is None and datasets.val is not None:
         run.knn_untrained = held_out_knn(model, datasets, args)
         print_main(f"kNN accuracy of the untrained network: {run.knn_untrained:.1f} %")
@@ -144,8 +142,7 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
     random_view = RandomView(args.image_size, crop=in_memory, **datasets.augmentation)
     sampler = EpochSampler(len(datasets.train), args.batch_size, args.seed, rank, world)
     loader = make_loader(datasets.train, sampler, args.batch_size // world, args)
-    log, first = Log(directory, run.epoch), run.epoch
-    saved = 0.0 if run.step else time.time()  # half an epoch's keys are lost once the next one begins
+    first, saved = run.epoch, 0.0 if run.step else time.time()  # half an epoch's keys are lost once the next begins
 
     while run.epoch < args.epochs:
         epoch, last = run.epoch, run.epoch == args.epochs - 1
@@ -154,19 +151,18 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
         keys = None
         if args.features == "keys" and epoch + 1 >= args.warmup and not last:
             keys = directory / "features" / "keys"
-            clear_features(keys, run.step * args.batch_size)
+            clear_features(keys, first=run.step * args.batch_size)
         if epoch in (first, args.warmup):
-            find_unused = epoch < args.warmup and args.cluster_head != "none"
-            forward = distributed.data_parallel(model, find_unused)
+            forward = distributed.data_parallel(model, epoch < args.warmup and args.cluster_head != "none")
         sampler.set_epoch(epoch, run.step)
         datasets.train.set_epoch(epoch)
         start = time.time()
         train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run, args, keys, stop)
         run.seconds += time.time() - start
-        run.totals = distributed.all_reduce_mean(run.totals)
+        run.totals = sum(distributed.all_gather_objects(run.totals)) / world
         stop.exit_if_received(save)
-        for buffer in model.buffers():  # such as running statistics: the first rank's, on every rank
-            distributed.broadcast(buffer)
+        for buffer in model.buffers() if world > 1 else ():  # running statistics: the first rank's, on every rank
+            dist.broadcast(buffer, 0)
 
         due = is_milestone(epoch, args) or distributed.broadcast_object(time.time() - saved > SAVE_EVERY)
         if due:
@@ -181,24 +177,23 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
         row = {"epoch": epoch, **dict(means), "lr": learning_rate(epoch + 1 - 1 / steps, args)}
         row |= {"images_per_second": steps * args.batch_size / run.seconds, "skipped": run.skipped, "knn": knn}
         run.log.append(row)
-        log.write(run.log, run.knn_untrained)
+        if rank == 0:
+            write_log(directory, board, run.log, run.knn_untrained)
         run.epoch, run.step, run.totals, run.seconds, run.clusters = epoch + 1, 0, torch.zeros(4), 0.0, next_clusters
         if due:
             save(copy=f"checkpoint_{epoch:04d}.pth.tar" if is_milestone(epoch, args) else None)
             saved = time.time()
         stop.exit_if_received(save)
-    log.close()
     if rank == 0:
+        board.close()
         shutil.rmtree(directory / "features", ignore_errors=True)
 
 
 def sync(pending, scaler, run, args, keys):
     """Take over what the `pending` steps, of which `run.step` - 1 is the last, have left on the device; empty the list.
-
     pending: of each step its samples' positions (N,), their features to cluster (N, D), and its loss, two accuracies
     and gradient norm (4,). Ends the program where a loss is not finite, or a gradient, unless a gradient scaler is at
-    work and it is one of few in a row.
-    """
+    work and it is one of few in a row."""
     first, allowed = run.step - len(pending), MAX_SKIPPED if scaler.is_enabled() else 0
     for step, (*_, figures) in enumerate(pending, first):
         loss, *_, norm = figures = figures.cpu()  # the host waits for the device here
@@ -225,8 +220,7 @@ def held_out_knn(model, datasets, args):
     for images in (datasets.plain, datasets.val):
         some = np.arange(0, len(images), -(-len(images) // MAX_KNN))
         with autocast(args):
-            loader = plain_loader(images, some, args)
-            share = extract_features(loader, lambda x: network(normalize(x)), args.device)
+            share = extract_features(plain_loader(images, some, args), lambda x: network(normalize(x)), args.device)
         features, index = map(torch.cat, zip(*distributed.all_gather_objects(share), strict=True))  # (n, D), (n,)
         labels = images.labels[index]
         labelled += features[labels >= 0], labels[labels >= 0]
@@ -254,8 +248,6 @@ def is_milestone(epoch, args):
 
 
 # -- schedule, optimizer, precision -------------------------------------------------------------------------------
-
-
 def learning_rate(progress, args):
     """The learning rate at `progress` epochs: linear warm-up, then cosine (to 0) or x0.1 at each of --schedule."""
     if progress < args.lr_warmup:
@@ -270,8 +262,6 @@ def build_optimizer(model, args):
     if args.optim == "sgd":
         parameters = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.wd)
-    from timm.optim import create_optimizer_v2  # takes seconds to import
-
     extra = {"lamb": {"max_grad_norm": None}, "lars": {"momentum": args.momentum}}.get(args.optim, {})
     return create_optimizer_v2(model, args.optim, lr=args.lr, weight_decay=args.wd, **extra)
 
@@ -282,13 +272,11 @@ def autocast(args):
 
 
 # -- defaults and arguments ---------------------------------------------------------------------------------------
-
-
 def fill_in_defaults(args, datasets, world, device):
     """The arguments with all that the command line left open and that follows from the data or from another flag."""
     n, image_size, epochs = len(datasets.train), datasets.image_size, args.epochs
     small = image_size <= SMALL
-    batch_size = args.batch_size or min(256, power_of_two(max(n / 10, 8))) // world * world
+    batch_size = args.batch_size or min(256, 2 ** int(math.log2(max(8, n / 10)))) // world * world
     local_batch = batch_size // world
     bf16 = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     defaults = {
@@ -300,7 +288,7 @@ def fill_in_defaults(args, datasets, world, device):
         "lr": BASE_LR[args.optim] * batch_size / 256,
         "lr_warmup": 0 if args.optim == "sgd" else epochs // 20,
         "schedule": [epochs * 6 // 10, epochs * 8 // 10],
-        "pcl_r": min(16384, power_of_two(n / 12)),
+        "pcl_r": min(16384, 2 ** int(math.log2(max(1, n / 12)))),
         "num_cluster": default_num_cluster(n),
         "bn_splits": 1 if local_batch % 2 else math.gcd(max(1, 8 // world), local_batch // 2),
         "knn_every": max(1, epochs // 20),
@@ -313,24 +301,15 @@ def fill_in_defaults(args, datasets, world, device):
     return argparse.Namespace(**(vars(args) | defaults | given))
 
 
-def power_of_two(x):
-    """The largest power of two that is at most x, and at least 1."""
-    return 1 << max(0, int(x).bit_length() - 1)
-
-
 def check(args, n, world):
     """End the program in one line where the arguments do not fit each other or the `n` training images."""
-    batch_size, local_batch, splits, most = (
-        args.batch_size,
-        args.batch_size // world,
-        args.bn_splits,
-        max(args.num_cluster),
-    )
+    b, splits, most = args.batch_size // world, args.bn_splits, max(args.num_cluster)
     mistakes = {
-        f"{n} training images are fewer than one batch of {batch_size}; lower --batch-size": batch_size > n,
-        f"--batch-size {batch_size} is not a multiple of the {world} processes": batch_size % world,
-        f"{local_batch} images per process do not make {splits} equal groups of at least 2; change --batch-size or "
-        "--bn-splits": local_batch % splits or local_batch < 2 * splits,
+        f"{n} training images are fewer than one batch of {args.batch_size}; lower --batch-size": args.batch_size > n,
+        f"--batch-size {args.batch_size} is not a multiple of the {world} processes": args.batch_size % world,
+        f"{b} images per process do not make {splits} equal groups of at least 2; change --batch-size or --bn-splits": (
+            b % splits or b < 2 * splits
+        ),
         f"{most} clusters are more than the {n} training images; lower --num-cluster": most > n,
         f"--crop-min is a part of the image's area, at most 1, not {args.crop_min}": args.crop_min > 1,
         f"there is no checkpoint {args.resume}": args.resume and not Path(args.resume).exists(),
@@ -397,8 +376,6 @@ def get_parser():
 
 
 # -- a run --------------------------------------------------------------------------------------------------------
-
-
 def main(argv=None):
     """Train, and return the figures of every epoch: a list of {column of log.csv: value}."""
     args = get_parser().parse_args(argv)
@@ -415,8 +392,6 @@ def build_and_train(args, directory):
     check(args, len(datasets.train), world)
     datasets = load_into_memory(datasets, device)
     in_memory = datasets.train.pixels is not None
-    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # workers need cores, too
-        torch.set_num_threads(THREADS if in_memory else max(1, (os.cpu_count() or 1) // 2))
 
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
@@ -448,9 +423,7 @@ def build_and_train(args, directory):
 
     row, done, minutes = run.log[-1], len(run.log), (time.time() - start) / 60
     knn = "" if row["knn"] is None else f", kNN accuracy {row['knn']:.1f} % (untrained {run.knn_untrained:.1f} %)"
-    print_main(
-        f"reached loss {row['loss']:.3f}{knn} after {done} epochs; {done - first} of them in {minutes:.1f} minutes"
-    )
+    print_main(f"reached loss {row['loss']:.3f}{knn} after {done} epochs, {done - first} in {minutes:.1f} minutes")
     print_main("next: python eval_lincls.py" + f" --exp-dir {directory}" * (args.exp_dir != "experiment_pcl"))
     return run.log
 

@@ -1,7 +1,6 @@
 """What features are worth: linear probe and kNN.
 
-Linear probe: MoCo (He et al. 2020, arXiv 1911.05722, section 4.1). kNN: Wu et al. 2018 (arXiv 1805.01978, section
-3.4).
+Linear probe: MoCo (He et al. 2020, arXiv 1911.05722, 4.1). kNN: Wu et al. 2018 (arXiv 1805.01978, 3.4).
 
     accuracy = knn_accuracy(train_features, train_labels, val_features, val_labels)
     scores = linear_probe(stored_batches(train_features, train_labels, 256), val_features, num_classes=10)
@@ -14,21 +13,15 @@ import torch.nn.functional as F
 
 
 def stored_batches(features, labels, batch_size):
-    """An epoch's batches of stored features, in a new order each time it is called."""
-
-    def batches(epoch):
-        for rows in torch.randperm(len(features), device=features.device).split(batch_size):
-            yield features[rows], labels[rows]
-
-    return batches
+    """`batches` for linear_probe, of stored features (M, D) and labels (M,): in a new order each epoch."""
+    device = features.device
+    return lambda _: ((features[i], labels[i]) for i in torch.randperm(len(labels), device=device).split(batch_size))
 
 
 def linear_probe(batches, features, num_classes, lr=30.0, epochs=100):
     """Train a linear layer on unit-length features and return its scores (n, num_classes) of `features` (n, D).
-
     batches: callable epoch -> iterable of (features (B, D), labels (B,)). The published schedule: SGD with momentum
-    0.9 and no weight decay, the learning rate x0.1 after 60 % and 80 % of the epochs.
-    """
+    0.9 and no weight decay, the learning rate x0.1 after 60 % and 80 % of the epochs."""
     layer = nn.Linear(features.shape[1], num_classes).to(features.device)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
@@ -52,10 +45,8 @@ def top_k(scores, labels, k):
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=None, temperature=0.1):
     """Top-1 accuracy in percent of a weighted kNN vote (Wu et al. 2018): weight exp(cosine / temperature).
-
     bank (M, D), queries (n, D): features of any length, bank_labels (M,), labels (n,) int64.
-    k: None: 200, or a fiftieth of a bank of less than 10,000.
-    """
+    k: None: 200, or a fiftieth of a bank of less than 10,000."""
     k = k or max(1, min(200, len(bank) // 50))
     bank = F.normalize(bank.float(), dim=1)
     votes = []

@@ -10,6 +10,7 @@ MoCo (He et al. 2020, arXiv 1911.05722) with the MLP head of MoCo v2 (arXiv 2003
 """
 
 import copy
+import re
 
 import torch
 import torch.distributed as dist
@@ -18,20 +19,12 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-RESNETS = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (Bottleneck, [3, 4, 23, 3]),
-    "resnet152": (Bottleneck, [3, 8, 36, 3]),
-}
+BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
 
 
 class WidthResNet(ResNet):
     """torchvision's ResNet with `width` channels in its first stage (64 is the published one, with the same keys).
-
-    small_images: a 3x3 first convolution of stride 1 and no max-pool, for images of about 32 pixels.
-    """
+    small_images: a 3x3 first convolution of stride 1 and no max-pool, for images of about 32 pixels."""
 
     def __init__(self, block, layers, num_classes, width=64, small_images=False, norm_layer=None):
         self.width = width
@@ -66,14 +59,14 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 def build_encoder(arch, num_classes=128, small_images=False, norm_layer=None):
     """The ResNet named `arch`, as in torchvision; `resnet18_w16` has 16 channels in its first stage, not 64.
-
     Returns a module images (N, 3, H, W) -> (N, num_classes) with its last layer in `.fc`. Raises ValueError where the
-    name is unknown.
-    """
-    name, _, width = arch.partition("_w")
-    if name not in RESNETS or not (arch == name or (width.isdecimal() and int(width) > 0)):
-        raise ValueError(f"unknown arch {arch}; known are {', '.join(RESNETS)}, and with another width resnet18_w16")
-    return WidthResNet(*RESNETS[name], num_classes, int(width or 64), small_images, norm_layer)
+    name is unknown."""
+    known = re.fullmatch(rf"resnet({'|'.join(map(str, BLOCKS))})(?:_w([1-9][0-9]*))?", arch)
+    if not known:
+        raise ValueError(f"unknown arch {arch}; known are resnet{', '.join(map(str, BLOCKS))}, and resnet18_w16")
+    depth, width = int(known[1]), int(known[2] or 64)
+    block = BasicBlock if depth < 50 else Bottleneck
+    return WidthResNet(block, BLOCKS[depth], num_classes, width, small_images, norm_layer)
 
 
 def backbone(encoder):
@@ -83,7 +76,6 @@ def backbone(encoder):
 
 class MoCo(nn.Module):
     """Query encoder, key encoder (the query encoder's moving average), queue of keys, cluster head.
-
     base_encoder: callable (num_classes=, norm_layer=) -> module with its last layer in `.fc`.
     dim: D, feature dimension. r: R, queue length. m: momentum of the key encoder.
     mlp: a hidden layer before the last one: heads a and ã.
@@ -91,8 +83,7 @@ class MoCo(nn.Module):
         key; "twin", a head of two layers on both branches, for the prototypes alone.
     bn_splits: groups with batch-norm statistics of their own in this process's batch; the keys are dealt out anew
         over the groups of all processes, so that a key's statistics do not tell which query it belongs to.
-    `queue`: (D, R) unit columns.
-    """
+    `queue`: (D, R) unit columns."""
 
     def __init__(self, base_encoder, dim=128, r=16384, m=0.999, mlp=True, cluster_head="none", bn_splits=1):
         super().__init__()
@@ -116,12 +107,10 @@ class MoCo(nn.Module):
 
     def forward(self, im_q, im_k, clustering=False, features=False):
         """Two views (N, 3, H, W) of N images -> q, k, c, each (N, D) float32 with unit rows.
-
-        q and k are InfoNCE's query and key, c is what ProtoNCE compares with the prototypes (q itself where there
-        is no twin head). clustering: the warm-up is over, the cluster head takes part. No gradient flows through
-        k but into the head "report". features: return a fourth, the features to cluster that `encode` would make of
-        im_k, but for batch norm being that of training. Raises ValueError where N is not a multiple of `bn_splits`.
-        """
+        q and k are InfoNCE's query and key, c is what ProtoNCE compares with the prototypes (q itself but with a twin
+        head). clustering: the warm-up is over, the cluster head takes part; k has a gradient for the head "report"
+        alone. features: a fourth result, what `encode` makes of im_k, but with batch norm as in training. Raises
+        ValueError where N is not a multiple of `bn_splits`."""
         if len(im_q) % self.bn_splits:
             raise ValueError(f"a batch of {len(im_q)} does not split into {self.bn_splits} equal groups")
         z_q = self.encoder_q(im_q)  # (N, D)
@@ -172,11 +161,9 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def batch_shuffle(self, images):
         """Deal the images of all processes out over the batch-norm groups of all processes.
-
         Each group's images go to all groups in equal shares, which is as little as a key's group can have in common
         with its query's. images: (N, 3, H, W). Returns this process's share (N, 3, H, W), and the rows (N,) of its own
-        images among the gathered outputs, which undo the shuffle.
-        """
+        images among the gathered outputs, which undo the shuffle."""
         n, rank, world = len(images), *_rank_and_world()
         groups = world * self.bn_splits
         if groups == 1:

@@ -1,4 +1,4 @@
-"""A run's directory: its lock, files that are written whole or not at all, checkpoints of this and other projects."""
+"""A run's directory: lock, files written whole or not at all, checkpoints of this and other projects, log, picture."""
 
 import contextlib
 import dataclasses
@@ -8,10 +8,12 @@ import zipfile
 from pathlib import Path
 
 import filelock
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 from runtime.cli import fail
-from runtime.distributed import get_rank_and_world, restart_count
+from runtime.distributed import RESTARTS, get_rank_and_world
 
 
 @dataclasses.dataclass
@@ -33,12 +35,11 @@ class RunState:
 @contextlib.contextmanager
 def lock(directory):
     """As a context, on the first rank: the run's directory is there, and no other run can have it."""
-    if get_rank_and_world()[0] > 0:
-        yield
-        return
+    held = contextlib.nullcontext()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(directory / ".lock").acquire(blocking=False)
+        if get_rank_and_world()[0] == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            held = filelock.FileLock(directory / ".lock").acquire(blocking=False)
     except filelock.Timeout:
         fail(f"another run is writing to {directory}; wait for its end or name another --exp-dir")
     except OSError as error:
@@ -83,17 +84,15 @@ def save(directory, run, model, optimizer, scaler, args, copy=None):
 
 def find(resume, directory):
     """The checkpoint to go on from: what --resume says, the latest if torchrun has restarted us; None for a new run."""
-    if resume and not restart_count():
+    if resume and not RESTARTS:
         return Path(resume)
     latest = directory / "checkpoint.pth.tar"
-    return latest if (resume is not None or restart_count()) and latest.exists() else None
+    return latest if (resume is not None or RESTARTS) and latest.exists() else None
 
 
 def restore(checkpoint, run, model, optimizer, scaler, args):
     """Bring `run`, the model, the optimizer and the scaler to where a checkpoint of `save` stands.
-
-    Ends the program in one line where it does not fit them or the arguments.
-    """
+    Ends the program in one line where it does not fit them or the arguments."""
     state = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
     try:
         model.load_state_dict(state)
@@ -114,15 +113,12 @@ def restore(checkpoint, run, model, optimizer, scaler, args):
     batch_size = checkpoint.get("args", {}).get("batch_size")
     if stored["step"] and args.batch_size != batch_size:
         fail(f"the checkpoint stands in the middle of an epoch; go on with its --batch-size {batch_size}")
-    for name in vars(run):
-        setattr(run, name, stored[name])
+    vars(run).update({name: stored[name] for name in vars(run)})
 
 
 def read(path):
     """The checkpoint at `path` as a dict with at least `arch` and `state_dict`; only tensors and plain values are read.
-
-    Ends the program in one line, exit status 2, where it is not one or holds less than its tensors' sizes claim.
-    """
+    Ends the program in one line, exit status 2, where it is not one or holds less than its tensors' sizes claim."""
     try:
         if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
             raise ValueError  # torch stores plainly; what is packed may be of any size
@@ -144,3 +140,56 @@ def _tensors_in(value):
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors_in(part)
+
+
+def write_log(directory, board, rows, knn_untrained):
+    """Print the last of `rows`, a dict of figures per epoch, hand it to TensorBoard, write log.csv; warn of a leak.
+    board: a SummaryWriter. knn_untrained: the kNN accuracy before the first step, or None."""
+    row, line = rows[-1], "epoch {epoch:3d}  loss {loss:.3f}  acc_inst {acc_inst:5.1f}  acc_proto {acc_proto:5.1f}"
+    line = (line + "  lr {lr:.4f}  {images_per_second:.0f} images/s").format(**row)
+    line += f"  {row['skipped']} steps skipped" if row["skipped"] else ""
+    line += "" if row["knn"] is None else f"  kNN {row['knn']:.1f}"
+    if leaking(rows, knn_untrained):
+        line += (
+            f"\nwarning: acc_inst is {row['acc_inst']:.1f} % but kNN accuracy does not follow ({row['knn']:.1f} %): "
+            "the query finds its key by something other than what the image shows. Most often batch-norm statistics "
+            "tell which key belongs to which query; raise --bn-splits"
+        )
+    print(line, flush=True)
+    for name, value in row.items():
+        if name != "epoch" and value is not None:
+            board.add_scalar(name, value, row["epoch"])
+    table = [row, *(["" if v is None else f"{v:.6g}" for v in row.values()] for row in rows)]
+    write_atomically(directory / "log.csv", "".join(f"{','.join(cells)}\n" for cells in table).encode())
+
+
+def leaking(rows, knn_untrained):
+    """Whether acc_inst is above 99 % while the kNN accuracy gains nothing on the untrained network's or is falling."""
+    row, earlier = rows[-1], [row["knn"] for row in rows[:-1] if row["knn"] is not None]
+    if row["knn"] is None or row["acc_inst"] <= 99:
+        return False
+    return row["knn"] < max(earlier, default=0) - 1 or row["knn"] < knn_untrained + 1
+
+
+def draw_prototypes(path, images, features, clusters, rows=10, columns=10, side=56, gap=4, margin=96):
+    """Write a picture: per row one prototype's nearest images, from the tightest cluster to the loosest.
+    images: a data set whose `image(index)` is a stored PIL image of any size; features: (M, D) unit rows; clusters: one
+    (im2cluster (M,), centroids (K, D), density (K,))."""
+    im2cluster, centroids, density = (tensor.cpu() for tensor in clusters)
+    size = torch.bincount(im2cluster, minlength=len(centroids))
+    order = density.argsort()
+    order = order[size[order] >= min(columns, int(size.max()))]
+    order = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).long()]
+    picture = Image.new("RGB", (margin + columns * (side + gap), len(order) * (side + gap) + gap), "white")
+    draw = ImageDraw.Draw(picture)
+    for row, number in enumerate(order.tolist()):
+        top = gap + row * (side + gap)
+        draw.text((gap, top + side // 2 - 14), f"{size[number]} images\nphi {density[number]:.3f}", "black")
+        members = np.flatnonzero(im2cluster.numpy() == number)
+        nearest = members[np.argsort(-features[members] @ centroids[number].numpy())][:columns]
+        for column, index in enumerate(nearest):
+            image = images.image(int(index)).resize((side, side), Image.BICUBIC)
+            picture.paste(image, (margin + column * (side + gap), top))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    write_atomically(path, file.getbuffer())

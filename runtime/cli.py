@@ -13,8 +13,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the default of every flag whose help does not say it."""
 
     def _get_help_string(self, action):
-        told = action.default is None or "default" in action.help
-        return action.help if told else super()._get_help_string(action)
+        return action.help if action.default is None or "default" in action.help else super()._get_help_string(action)
 
 
 def make_parser(description):
@@ -49,10 +48,7 @@ def int_list(text):
 
 @contextlib.contextmanager
 def errors_in_one_line(data_error):
-    """As a context: what the user's data (`data_error`), the disk or another process is to blame for ends the program.
-
-    Exit status 2 for the data, 1 for the others.
-    """
+    """As a context: errors of the data (`data_error`, status 2), the disk or another process (1) end the program."""
     try:
         yield
     except data_error as error:
@@ -62,8 +58,7 @@ def errors_in_one_line(data_error):
     except RuntimeError as error:
         if not dist.is_initialized() or not any(word in str(error).lower() for word in ("gloo", "nccl")):
             raise
-        why = format_error(error)
-        fail(f"another process of this run has ended, so this one does; go on with --resume ({why})", 1)
+        fail(f"another process of this run has ended; go on with --resume ({format_error(error)})", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

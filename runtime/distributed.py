@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-if hasattr(signal, "SIGUSR1"):  # SLURM sends it ahead of a job's end; Windows has none
-    STOP_SIGNALS += (signal.SIGUSR1,)
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
+STOP_SIGNALS += [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []  # SLURM's, ahead of a job's end
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by `torchrun --max-restarts`
 
 
 def init_distributed():
@@ -26,15 +26,10 @@ def init_distributed():
                 os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
         timeout = timedelta(hours=2)
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(f"start {restart_count()}", store)  # else a restart finds the addresses of the dead
+        store = dist.PrefixStore(f"start {RESTARTS}", store)  # else a restart finds the addresses of the dead
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"  # so that no device waits for a signal
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return device
-
-
-def restart_count():
-    """How often `torchrun --max-restarts` has started this run again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def get_rank_and_world():
@@ -46,11 +41,6 @@ def print_main(text):
     """Print on the first rank alone."""
     if get_rank_and_world()[0] == 0:
         print(text, flush=True)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def broadcast_object(value):
@@ -70,24 +60,9 @@ def all_gather_objects(value):
     return values
 
 
-def all_reduce_mean(values):
-    """The mean over the ranks of a tensor on the CPU."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values / get_rank_and_world()[1]
-
-
-def broadcast(tensor):
-    """Make `tensor`, on every rank, the first one's."""
-    if dist.is_initialized():
-        dist.broadcast(tensor, 0)
-
-
 def data_parallel(model, find_unused):
     """`model` as the training loop calls it: where there are several processes, they average their gradients.
-
-    find_unused: some parameters get no gradient; searching for them costs time.
-    """
+    find_unused: some parameters get no gradient; searching for them costs time."""
     if not dist.is_initialized():
         return model
     device_ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
@@ -128,12 +103,9 @@ class StopSignals:
 
 
 def ignore_stop_signals(_=None):
-    """For loader workers: a stop signal may reach all processes of a job, and this one is needed to finish the step.
+    """For loader workers: a stop signal may reach all processes of a job, and this one is needed to finish the step."""
 
-    The parent's own signal, with which it ends its workers, still counts.
-    """
-
-    def wait():
+    def wait():  # for the parent's own signal, with which it ends its workers
         while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
             pass
         os._exit(0)
