@@ -133,8 +133,7 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
     directory, steps = Path(args.exp_dir), len(datasets.train) // args.batch_size
     save = functools.partial(checkpoint.save, directory, run, model, optimizer, scaler, args)
     save()
-    if rank == 0:
-        board = SummaryWriter(directory, purge_step=run.epoch)
+    board = SummaryWriter(directory, purge_step=run.epoch) if rank == 0 else None
     if run.knn_untrained is None and datasets.val is not None:
         run.knn_untrained = held_out_knn(model, datasets, args)
         print_main(f"kNN accuracy of the untrained network: {run.knn_untrained:.1f} %")
