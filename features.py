@@ -22,9 +22,8 @@ from tqdm import tqdm
 def compute_features(loader, model, directory, device="cpu"):
     """Save `model(images)` of every batch of `loader` as `directory`/batch_{i}_features.pt.
     loader: yields (images, index), index (B,) the positions in the data set; on several ranks, each has its share.
-    model: images (B, ...) on `device` -> features (B, D); it is called as it is, so put it in eval mode first.
-    What an earlier pass has left in `directory` is removed. Each file holds {"index": (B,) int64, "features": (B, D)
-    float32}. Returns when all ranks are done. Raises OSError where a file cannot be written."""
+    model: images (B, ...) on `device` -> features (B, D), in eval mode already. What an earlier pass has left goes. A
+    file holds {"index": (B,) int64, "features": (B, D) float32}. Raises OSError where one cannot be written."""
     rank, world = _rank_and_world()
     clear_features(directory)
     for i, (images, index) in enumerate(

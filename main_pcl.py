@@ -111,12 +111,10 @@ def e_step(model, images, previous, epoch, args, keys=None):
     if rank == 0:
         read_features(directory, n, file, features)
         del features  # closes the file
-    if world > 1:
-        dist.barrier()
+    distributed.broadcast_object(None)  # the others wait for the first rank
     features = np.load(file, mmap_mode="c")  # (n, D), on the disk; "r" makes torch warn
 
-    start = {len(level.centroids): level.centroids.cpu().numpy() for level in previous or ()}
-    found = {}
+    found, start = {}, {len(level.centroids): level.centroids.cpu().numpy() for level in previous or ()}
     for k in sorted(set(args.num_cluster))[rank::world]:
         warm = {"niter": 10, "init": [start[k]]} if k in start else {}
         (found[k],) = run_kmeans(features, [k], args.temperature, args.seed + epoch, **warm)

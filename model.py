@@ -182,9 +182,9 @@ def concat_all_gather(x):
     _, world = _rank_and_world()
     if world == 1:
         return x.detach()
-    gathered = x.new_empty(world * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x.contiguous())
-    return gathered
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def _rank_and_world():

@@ -1,8 +1,8 @@
 """What every phase of the method costs beside the encoder, and beside the same phase as the published PCL code has it.
 
     pip install matplotlib
-    python benchmarks/bench.py            # prints the table, writes results/bench.csv and results/bench_growth.png
-    python benchmarks/bench.py --quick    # tiny sizes, to see that it runs
+    python benchmarks/bench.py            # prints the table; writes bench.md, bench.csv, bench_growth.png to results/
+    python benchmarks/bench.py --quick --out DIR    # tiny sizes, to see that it runs; on Linux, as all of it
 
 The published procedures (github.com/salesforce/PCL) are written out below in their plainest form. Each comparison runs
 both sides alternately and gives the median of the paired ratios with the lowest and the highest. Images and features
@@ -16,13 +16,10 @@ import ctypes
 import functools
 import io
 import os
-import platform
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -35,9 +32,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image, ImageFilter  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
 from torchvision import transforms as T  # noqa: E402
 
+import augment  # noqa: E402
 import cluster  # noqa: E402
 import data  # noqa: E402
 import features  # noqa: E402
@@ -46,127 +43,92 @@ import main_pcl  # noqa: E402
 import model  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMAGENET = {"m": 1_281_167, "d": 128, "k": (25_000, 50_000, 100_000), "r": 16_384}
 COLUMNS = ("what", "size", "ours", "unit", "share", "peak_mb", "published", "ratio", "low", "high")
+SYNCHRONIZE = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None  # wait for the device
+PLACE = {"device": DEVICE, "memory_format": torch.channels_last}
+run = functools.partial(subprocess.run, cwd=ROOT, check=True, capture_output=True)
 
 
 # -- measuring ----------------------------------------------------------------------------------------------------
+def timed(function, *args, **kwargs):
+    """The seconds that `function` takes, and what it returns."""
+    SYNCHRONIZE()
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    SYNCHRONIZE()
+    return time.perf_counter() - start, result
 
 
-def clock():
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def resident_mb(line):
+    """A line of /proc/self/status: VmRSS; VmHWM, the highest VmRSS so far; RssAnon, VmRSS without mapped files."""
+    return int(Path("/proc/self/status").read_text().split(f"{line}:")[1].split()[0]) / 1e3
 
 
-def timed(function):
-    start = clock()
-    function()
-    return clock() - start
-
-
-def peak_mb(function):
+def peak_mb(function, *args):
     """What `function` returns, and the megabytes (a GPU's, or resident) it takes at its peak beyond those taken now."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        return function(), (torch.cuda.max_memory_allocated() - before) / 1e6
+        return function(*args), (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(0)  # what was freed is not taken
-    seen, done = [resident_kb()], threading.Event()
-
-    def watch():
-        while not done.wait(0.002):
-            seen.append(resident_kb())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    result = function()
-    done.set()
-    watcher.join()
-    return result, (max(seen) - seen[0]) / 1e3
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = resident_mb("VmRSS")
+    return function(*args), resident_mb("VmHWM") - before
 
 
-def resident_kb(line="VmRSS"):
-    """A line of /proc/self/status; VmHWM is the peak since the process began, RssAnon is without mapped files."""
-    return int(Path("/proc/self/status").read_text().split(f"{line}:")[1].split()[0])
+def row(what, size, ours=None, ratios=(), **more):
+    """A row of the table, {name among COLUMNS: value}; of the ratios their median, the lowest and the highest."""
+    more |= {"ratio": np.median(ratios), "low": min(ratios), "high": max(ratios)} if len(ratios) else {}
+    return {"what": what, "size": size, "ours": ours} | more
 
 
-def compare(ours, published, repeats):
-    """{ours, published: median seconds; ratio, low, high: of the paired published / ours; peak_mb of ours}."""
-    _, peak = peak_mb(ours)  # and warm up
-    published()
-    pairs = []
+def compare(size, repeats, what, ours, published):
+    """A row: the median seconds of both functions, the paired ratios published / ours, the peak of ours."""
+    (_, peak), _ = peak_mb(ours), published()  # and warm up
+    seconds = {ours: [], published: []}
     for i in range(repeats):
-        first, second = (ours, published) if i % 2 else (published, ours)
-        pair = timed(first), timed(second)
-        pairs.append(pair if i % 2 else pair[::-1])
-    a, b = zip(*pairs, strict=True)
-    ratios = [y / x for x, y in pairs]
-    spread = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-    return {"ours": statistics.median(a), "published": statistics.median(b), "peak_mb": peak} | spread
+        for side in (ours, published)[:: (-1) ** i]:
+            seconds[side].append(timed(side)[0])
+    mine, theirs = map(np.array, seconds.values())
+    return row(what, size, np.median(mine), theirs / mine, published=np.median(theirs), peak_mb=peak)
 
 
-class Phases:
-    """As a context: notes the seconds of every call of the functions `places`, {phase: (object, name)}.
-
-    `own`: {phase: [seconds of each call without those of other phases within it]}; `whole`: with them.
-    """
+class Phases(contextlib.ExitStack):
+    """As a context: `whole`, {phase: [seconds of each call]}, and `own`, without those of other phases within it."""
 
     def __init__(self, places):
-        self.places, self.inside = places, []
-        self.own, self.whole = {phase: [] for phase in places}, {phase: [] for phase in places}
-
-    def __enter__(self):
-        self.patches = contextlib.ExitStack()
-        for phase, (owner, name) in self.places.items():
-            self.patches.enter_context(mock.patch.object(owner, name, self.wrap(phase, getattr(owner, name))))
-        return self
-
-    def __exit__(self, *_):
-        self.patches.close()
+        super().__init__()
+        self.inside, self.own, self.whole = 0.0, {phase: [] for phase in places}, {phase: [] for phase in places}
+        for phase, (owner, *names) in places.items():
+            for name in names:
+                self.enter_context(mock.patch.object(owner, name, self.wrap(phase, getattr(owner, name))))
 
     def wrap(self, phase, function):
         @functools.wraps(function)
         def timing(*args, **kwargs):
-            self.inside.append(0.0)
-            start = clock()
-            result = function(*args, **kwargs)
-            seconds = clock() - start
+            before, self.inside = self.inside, 0.0
+            seconds, result = timed(function, *args, **kwargs)
             self.whole[phase].append(seconds)
-            self.own[phase].append(seconds - self.inside.pop())
-            if self.inside:
-                self.inside[-1] += seconds
+            self.own[phase].append(seconds - self.inside)
+            self.inside = before + seconds
             return result
 
         return timing
 
 
-# -- the published procedures --------------------------------------------------------------------------------------
-
-
-class PublishedBlur:
-    def __call__(self, image):
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
-
-
+# -- the published procedures -------------------------------------------------------------------------------------
 def published_view(size, blur=True):
     """The transform behind one view: everything image by image, in the loader worker."""
-    return T.Compose(
-        [
-            T.RandomResizedCrop(size, scale=(0.2, 1.0)),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            T.RandomGrayscale(p=0.2),
-            *[T.RandomApply([PublishedBlur()], p=0.5)] * blur,
-            T.RandomHorizontalFlip(),
-            T.ToTensor(),
-            T.Normalize(data.MEAN, data.STD),
-        ]
-    )
+    blurred = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))))
+    parts = T.RandomResizedCrop(size, scale=(0.2, 1.0)), T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    parts += T.RandomGrayscale(p=0.2), T.RandomApply([blurred], p=0.5 * blur), T.RandomHorizontalFlip(), T.ToTensor()
+    return T.Compose([*parts, T.Normalize(augment.MEAN, augment.STD)])
 
 
 def published_negatives(target, im2cluster, num_negatives):
     everything = list(range(int(im2cluster.max()) + 1))
-    return random.sample(list(set(everything) - set(target.tolist())), num_negatives)
+    others = list(set(everything) - set(target.tolist()))
+    return random.sample(others, min(num_negatives, len(others)))
 
 
 def published_proto_nce(q, index, clusters, num_negatives):
@@ -184,21 +146,18 @@ def published_concentration(distances, im2cluster, num_cluster, temperature):
     members = [[] for _ in range(num_cluster)]
     for sample, number in enumerate(im2cluster):
         members[number].append(distances[sample])
-    phi = np.zeros(num_cluster)
-    for number, mine in enumerate(members):
-        if len(mine) > 1:
-            phi[number] = np.asarray(mine).mean() / np.log(len(mine) + 10)
+    phi = np.array([np.mean(mine) / np.log(len(mine) + 10) if len(mine) > 1 else 0 for mine in members])
     phi[[len(mine) <= 1 for mine in members]] = phi.max()
     phi = phi.clip(np.percentile(phi, 10), np.percentile(phi, 90))
     return temperature * phi / phi.mean()
 
 
-def published_kmeans(x, k, seed=0):
-    """The best of five runs of 20 iterations from scratch; returns the objective."""
+def published_kmeans(x, k):
+    """The best of five runs of 20 iterations from scratch; returns the cluster of each sample."""
     sizes = {"min_points_per_centroid": 10, "max_points_per_centroid": 1000}
-    kmeans = faiss.Kmeans(x.shape[1], k, niter=20, nredo=5, seed=seed, gpu=faiss.get_num_gpus() > 0, **sizes)
+    kmeans = faiss.Kmeans(x.shape[1], k, niter=20, nredo=5, seed=0, gpu=faiss.get_num_gpus() > 0, **sizes)
     kmeans.train(x)
-    return float(kmeans.assign(x)[0].sum())
+    return torch.from_numpy(kmeans.assign(x)[1])
 
 
 def published_momentum_update(average, online, m=0.999):
@@ -206,489 +165,285 @@ def published_momentum_update(average, online, m=0.999):
         k.data = k.data * m + q.data * (1.0 - m)
 
 
-# -- made-up data --------------------------------------------------------------------------------------------------
-
-
+# -- made-up data -------------------------------------------------------------------------------------------------
 def made_up_clusters(m, ks, d):
-    unit = functools.partial(F.normalize, dim=1)
-    return [
-        cluster.Clusters(
-            torch.randint(k, (m,), device=DEVICE),
-            unit(torch.randn(k, d, device=DEVICE)),
-            torch.rand(k, device=DEVICE) * 0.1 + 0.15,
-        )
-        for k in ks
-    ]
+    levels = [(torch.randint(k, (m,)), F.normalize(torch.randn(k, d), dim=1), 0.15 + 0.1 * torch.rand(k)) for k in ks]
+    return [cluster.Clusters(*level).to(DEVICE) for level in levels]
 
 
-def made_up_features(m, d, seed=0):
+def made_up_features(m, d):
     """(M, D) unit rows around M / 20 centres, and what an epoch of training might make of them."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((max(1, m // 20), d), dtype=np.float32)[rng.integers(0, max(1, m // 20), m)]
-    x = [
-        x := x + rng.standard_normal((m, d), dtype=np.float32),
-        x + 0.3 * rng.standard_normal((m, d), dtype=np.float32),
-    ]
-    return [y / np.linalg.norm(y, axis=1, keepdims=True) for y in x]
+    x = torch.randn(max(1, m // 20), d)[torch.randint(max(1, m // 20), (m,))] + torch.randn(m, d)
+    return [F.normalize(y, dim=1).numpy() for y in (x, x + 0.3 * torch.randn(m, d))]
 
 
 def made_up_folder(root, n, size):
-    """`n` training and 64 held-out images of `size` pixels in two classes."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", n), ("val", 64)):
-        for i in range(count):
-            directory = root / part / str(i % 2)
-            directory.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 256, (size // 4, size // 4, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((size, size), Image.BICUBIC).save(directory / f"{i}.png")
-    return root
+    """The path of a folder with `n` training and 64 held-out images of `size` pixels in two classes."""
+    for path in [f"train/{i % 2}/{i}.png" for i in range(n)] + [f"val/{i % 2}/{i}.png" for i in range(64)]:
+        Path(root, "data", path).parent.mkdir(parents=True, exist_ok=True)
+        T.ToPILImage()(torch.rand(3, size, size)).save(f"{root}/data/{path}")
+    return f"{root}/data"
 
 
-def photograph():
-    """The bytes of a JPEG of 500 x 375, with edges and some texture, about as large as ImageNet's."""
-    rng, file = np.random.default_rng(0), io.BytesIO()
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
-    pixels = np.asarray(coarse, dtype=np.int16) + rng.integers(-25, 26, (375, 500, 1))
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
-    return file.getvalue()
+def made_up_loader(n, batch_size, *shape):
+    """A loader of `n` samples of which nothing is stored."""
+    options = {"collate_fn": lambda index: (torch.full((len(index), *shape), 0.5), torch.tensor(index))}
+    return torch.utils.data.DataLoader(range(n), batch_size, **options)
 
 
-# -- the sections of the table -------------------------------------------------------------------------------------
+# -- the sections of the table, each a generator of rows ----------------------------------------------------------
+def start(repeats):
+    """The default run, from the command to the end of its first step."""
+    end, options = "main_pcl.MoCo.dequeue_and_enqueue", ["--amp", "--optim", "sgd", "--cos", "--warmup", "20"]
+    code = f"import main_pcl, os; f = {end}; {end} = lambda *_: f(*_) or os._exit(0); main_pcl.main()"
+    with tempfile.TemporaryDirectory() as root:
+        commands = [[sys.executable, "-c", code, *options, "--exp-dir", f"{root}/{i}"] for i in range(repeats + 1)]
+        seconds = [timed(run, command)[0] for command in commands]
+    yield row("first step of the default run", "from the command on", np.median(seconds[1:]))
 
 
-def run_main(*arguments):
-    with contextlib.redirect_stdout(io.StringIO()):
-        return main_pcl.main([str(argument) for argument in arguments])
-
-
-ENCODERS = ("encoders and heads, forward", "backward")
+WHOLE, FLOOR = "step (memory: of the whole run)", "floor, the encoder alone (ratio: step / floor)"
 STEP = {
     "reading the batch": (data.Images, "__getitems__"),
-    "two views": (data.Datasets, "two_views"),
-    ENCODERS[0]: (model.MoCo, "forward"),
+    "two views": (augment.RandomView, "two_views"),
+    "encoders and heads, forward": (model.MoCo, "forward"),
     "InfoNCE": (main_pcl, "info_nce"),
     "ProtoNCE": (main_pcl, "proto_nce"),
-    ENCODERS[1]: (torch.Tensor, "backward"),
-    "clipping": (torch.nn.utils, "clip_grad_norm_"),
+    "backward": (torch.Tensor, "backward"),
+    "clipping": (main_pcl, "clip_grad_norm_"),
     "optimizer": (torch.optim.SGD, "step"),
-    "momentum update and queue": (model.MoCo, "update"),
-    "figures and keys": (main_pcl, "look_at"),
+    "momentum update and queue": (model.MoCo, "momentum_update_key_encoder", "dequeue_and_enqueue"),
+    "figures and keys": (main_pcl, "sync"),
 }
-EPOCH = {"clustering": (main_pcl, "e_step"), "checkpoint": (main_pcl, "save")}
+EPOCH = {"clustering": (main_pcl, "e_step"), "checkpoint": (main_pcl.checkpoint, "save")}
 
 
-def steps(name, arch, size, batch, n, repeats, *options):
+def steps(name, arch, size, batch, n, options, repeats):
     """The phases of a training step, and of the epoch around it, in real runs of main_pcl.py beside the floor."""
-    encoders = [model.build_encoder(arch, 128, small_images=True) for _ in "qk"]
-    encoders = [encoder.to(DEVICE, memory_format=torch.channels_last) for encoder in encoders]
-    x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
-    epochs, count = 4, n // batch
-    figures = {"ratio": [], "step": [], "floor": [], "keys": [], "pass": [], "peak": []}
-    figures |= {phase: [] for phase in (*STEP, *EPOCH)}
+    encoder_q, encoder_k = (model.build_encoder(arch, small_images=True).to(**PLACE) for _ in "qk")
+    x = torch.randn(batch, 3, size, size).to(**PLACE)
 
     def floor():
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            z = encoders[0](x)
+            z = encoder_q(x)
             with torch.no_grad():
-                encoders[1](x)
+                encoder_k(x)
         z.float().square().mean().backward()
 
-    def floor_seconds():
-        return statistics.median(timed(floor) for _ in range(5))
-
+    epochs, count, runs = 4, n // batch, {"keys": [], "pass": []}
+    options = f"-a {arch} -b {batch} --amp --warmup 0 --epochs {epochs} --knn-every {epochs} --clip-grad 1 {options}"
     with tempfile.TemporaryDirectory() as root:
-        folder = made_up_folder(Path(root) / "data", n, size)
-        options = [
-            folder,
-            "-a",
-            arch,
-            "-b",
-            batch,
-            "--amp",
-            "--warmup",
-            0,
-            "--epochs",
-            epochs,
-            "--clip-grad",
-            1,
-            *options,
-        ]
+        command = [made_up_folder(root, n, size), *options.split(), "--exp-dir"]
         floor()
-        for i in range(2 * repeats):
-            how = ("keys", "pass")[i % 2]
-            before = floor_seconds()
-            more = ["--features", how, "--knn-every", epochs, "--exp-dir", f"{root}/{i}"]
-            with Phases(STEP | EPOCH) as phases:
-                log, peak = peak_mb(functools.partial(run_main, *options, *more))
-            figures["peak"].append(peak)
-            step = statistics.median(batch / row["images_per_second"] for row in log[1:])
-            figures[how].append(count * step + statistics.median(phases.whole["clustering"][1:]))
-            if how == "pass":
-                continue
-            figures["step"].append(step)
-            figures["floor"].append((before + floor_seconds()) / 2)
-            figures["ratio"].append(step / figures["floor"][-1])
-            for phase, seconds in phases.own.items():
-                figures[phase].append(statistics.median(seconds))
-            figures["figures and keys"][-1] = sum(phases.own["figures and keys"]) / epochs / count
-    pairs = [slow / fast for slow, fast in zip(figures["pass"], figures["keys"], strict=True)]
-    spread = {name: (statistics.median(x), min(x), max(x)) for name, x in (*figures.items(), ("pairs", pairs))}
-    middle = {name: x[0] for name, x in spread.items()}
-    size = f"{name}: {arch}, {size} px, batch {batch}"
+        for i, how in enumerate([*runs] * repeats):
+            floors = [timed(floor)[0] for _ in range(4)]
+            with Phases(STEP | EPOCH) as phases, contextlib.redirect_stdout(io.StringIO()):
+                log, peak = peak_mb(main_pcl.main, [*command, f"{root}/{i}", "--features", how])
+            seen = {FLOOR: np.median(floors + [timed(floor)[0] for _ in range(4)]), "peak": peak}
+            seen[WHOLE] = np.median([batch / epoch["images_per_second"] for epoch in log[1:]])
+            for phase, (_, *names) in STEP.items():
+                seen[phase] = np.median(np.reshape(phases.own[phase], (-1, len(names))).sum(1))
+            seen["figures and keys"] = sum(phases.own["figures and keys"]) / epochs / count  # not in every step
+            seen |= {phase: np.median(phases.whole[phase][1:]) for phase in EPOCH}  # the first begins with nothing
+            runs[how].append(seen)
 
-    def row(what, seconds, **more):
-        return {"what": what, "size": size, "ours": seconds} | more
-
-    step = middle["step"]
-    yield row("step (memory: of the whole run)", step, share=1.0, peak_mb=middle["peak"])
-    compared = dict(zip(("ratio", "low", "high"), spread["ratio"], strict=True))
-    yield row(
-        "floor, the encoder alone (ratio: step / floor)", middle["floor"], share=middle["floor"] / step, **compared
-    )
-    for phase in STEP:
-        yield row(phase, middle[phase], share=middle[phase] / step)
-    rest = step - sum(middle[phase] for phase in STEP)
-    yield row("the rest of the loop", rest, share=rest / step)
-    beside = step - sum(middle[phase] for phase in ENCODERS)
-    yield row("step without the encoders' forward and backward", beside, share=beside / step)
-    for phase in EPOCH:
-        yield row(f"{phase}, once an epoch of {count} steps", middle[phase])
-    compared = dict(zip(("ratio", "low", "high"), spread["pairs"], strict=True))
-    yield row("epoch with --features keys, with pass", middle["keys"], published=middle["pass"], **compared)
+    keys, with_pass = ({name: np.array([seen[name] for seen in some]) for name in seen} for some in runs.values())
+    middle, size = {name: np.median(x) for name, x in keys.items()}, f"{name}: {arch}, {size} px, batch {batch}"
+    rest = {"the rest of the loop": STEP}
+    rest["step without the encoders' forward and backward"] = ("encoders and heads, forward", "backward")
+    middle |= {what: middle[WHOLE] - sum(middle[phase] for phase in phases) for what, phases in rest.items()}
+    more = {WHOLE: {"peak_mb": middle["peak"]}, FLOOR: {"ratios": keys[WHOLE] / keys[FLOOR]}}
+    for what in (WHOLE, FLOOR, *STEP, *rest):
+        yield row(what, size, middle[what], share=middle[what] / middle[WHOLE], **more.get(what, {}))
+    yield from (row(f"{phase}, once an epoch of {count} steps", size, middle[phase]) for phase in EPOCH)
+    short, long = (count * x[WHOLE] + x["clustering"] for x in (keys, with_pass))
+    yield row("epoch with --features keys, with pass", size, np.median(short), long / short, published=np.median(long))
 
 
 def losses(m, ks, d, r, batch, repeats):
-    clusters = made_up_clusters(m, ks, d)
     q = F.normalize(torch.randn(batch, d, device=DEVICE), dim=1).requires_grad_()
-    index = torch.randint(m, (batch,), device=DEVICE)
-    size = f"M {m}, K {'+'.join(map(str, ks))}, R {r}, batch {batch}"
-    targets = [level.im2cluster[index] for level in clusters]
-    chosen = [
-        loss._choose_prototypes(target, len(level.centroids), r)
-        for target, level in zip(targets, clusters, strict=True)
-    ]
-
-    def bare():
-        """The gather, the matrix products and the cross-entropy alone."""
-        parts = []
-        for (rows, _, own), level in zip(chosen, clusters, strict=True):
-            parts.append(F.cross_entropy(q @ level.centroids[rows].T, own))
-        torch.stack(parts).mean().backward()
+    index, clusters = torch.randint(m, (batch,), device=DEVICE), made_up_clusters(m, ks, d)
+    measure = functools.partial(compare, f"M {m}, K {'+'.join(map(str, ks))}, R {r}, batch {batch}", repeats)
+    numbers = [level.im2cluster for level in clusters]
+    targets = [number[index] for number in numbers]
+    draw, theirs = (functools.partial(f, num_negatives=r) for f in (loss._choose_prototypes, published_negatives))
+    chosen = [*zip(clusters, map(draw, targets, ks), strict=True)]
 
     def ours():
         loss.proto_nce(q, index, clusters, r)[0].backward()
 
-    yield {"what": "ProtoNCE, forward and backward", "size": size} | compare(
-        ours, lambda: published_proto_nce(q, index, clusters, r).backward(), repeats
-    )
-    against = compare(bare, ours, repeats)
-    yield (
-        {"what": "its floor: gather, products, loss (ratio: whole / floor)", "size": size}
-        | against
-        | {"published": None}
-    )
-    yield {"what": "drawing its negatives", "size": size} | compare(
-        lambda: [loss._choose_prototypes(t, len(c.centroids), r) for t, c in zip(targets, clusters, strict=True)],
-        lambda: [published_negatives(t, c.im2cluster, r) for t, c in zip(targets, clusters, strict=True)],
-        repeats,
-    )
+    def floor():
+        """The gather, the matrix products and the cross-entropy alone."""
+        parts = [F.cross_entropy(q @ level.centroids[rows].T, own) for level, (rows, _, own) in chosen]
+        torch.stack(parts).mean().backward()
+
+    yield measure("ProtoNCE, forward and backward", ours, lambda: published_proto_nce(q, index, clusters, r).backward())
+    yield measure("its floor: gather, products, loss (ratio: whole / floor)", floor, ours) | {"published": None}
+    yield measure("drawing its negatives", lambda: [*map(draw, targets, ks)], lambda: [*map(theirs, targets, numbers)])
 
 
 def clustering(m, ks, d, repeats):
-    rng = np.random.default_rng(0)
-    im2cluster, distances = rng.integers(0, ks[0], m), rng.random(m)
-    size = f"M {m}, K {ks[0]}"
-    yield {"what": "concentration", "size": size} | compare(
-        lambda: cluster.concentration(distances, im2cluster, ks[0], 0.2),
-        lambda: published_concentration(distances, im2cluster, ks[0], 0.2),
-        repeats,
-    )
+    given = torch.rand(m).numpy(), torch.randint(ks[0], (m,)).numpy(), ks[0], 0.2
+    ours, published = (functools.partial(f, *given) for f in (cluster.concentration, published_concentration))
+    yield compare(f"M {m}, K {ks[0]}", repeats, "concentration", ours, published)
 
 
 def kmeans(m, ks, d, repeats):
     before, now = made_up_features(m, d)
-    previous = [clusters.centroids.numpy() for clusters in cluster.run_kmeans(before, ks, 0.2)]
+    size, kept, x = f"M {m}, D {d}, K {'+'.join(map(str, ks))}", {}, torch.from_numpy(now)
+    init = [level.centroids.numpy() for level in cluster.run_kmeans(before, ks, 0.2)]
 
-    def objective(found):
-        """Squared distances to the means of the clusters as assigned; for both sides alike."""
-        return sum(within_clusters(now, clusters.im2cluster.numpy(), k) for clusters, k in zip(found, ks, strict=True))
-
-    found, theirs = [], []
-    warm = functools.partial(cluster.run_kmeans, now, ks, 0.2, niter=10, init=previous)
-    row = compare(
-        lambda: found.append(warm()), lambda: theirs.append(sum(published_kmeans(now, k) for k in ks)), repeats
+    both = (
+        lambda: kept.update(ours=[x.im2cluster for x in cluster.run_kmeans(now, ks, 0.2, niter=10, init=init)]),
+        lambda: kept.update(published=[published_kmeans(now, k) for k in ks]),
     )
-    size = f"M {m}, D {d}, K {'+'.join(map(str, ks))}"
-    yield {"what": "k-means, from the second clustering on", "size": size} | row
-    yield {"what": "its objective (ratio: published / ours)", "size": size, "unit": ""} | {
-        "ours": (mine := objective(found[-1])),
-        "published": theirs[-1],
-        "ratio": theirs[-1] / mine,
-    }
+    yield compare(size, repeats, "k-means, from the second clustering on", *both)
+    for side, numbers in kept.items():  # squared distances of the rows, which are unit, to the mean of their cluster
+        squares = [torch.zeros(i.max() + 1, d).index_add(0, i, x).square().sum(1) for i in numbers]
+        kept[side] = sum(m - (y / i.bincount()).nansum().item() for y, i in zip(squares, numbers, strict=True))
+    yield row("its objective (ratio: published / ours)", size, unit="", ratio=kept["published"] / kept["ours"], **kept)
 
 
-def within_clusters(x, im2cluster, k):
-    sums = np.zeros((k, x.shape[1]))
-    np.add.at(sums, im2cluster, x)
-    return float((x**2).sum() - ((sums**2).sum(1) / np.bincount(im2cluster, minlength=k).clip(1)).sum())
-
-
-def views(repeats, n):
+def views(n, repeats):
     """The two views of small images kept in memory, and of photographs in a loader worker; on one core."""
-    threads = torch.get_num_threads()
+    threads, few, file = torch.get_num_threads(), max(2, n // 8), io.BytesIO()
     torch.set_num_threads(1)
-    random_view = data.RandomView(32, crop_min=0.2, blur=False, flip=True)
-    pixels = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
-    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
-    draws = torch.rand(2 * n, random_view.DRAWS)
-    transform = published_view(32, blur=False)
-    yield {"what": "two views, in memory", "size": f"{n} images of 32 px"} | compare(
-        lambda: random_view(pixels.repeat(2, 1, 1, 1), draws, crop=True),
-        lambda: [transform(image) for image in images for _ in "qk"],
-        repeats,
-    )
-    encoded, n = photograph(), max(2, n // 8)
-    crops, transform = data.TwoCrops(data.random_crop(224, 0.2)), published_view(224)
+    pixels, random_view = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8), augment.RandomView(32, blur=False)
+    images, transform = [*map(T.ToPILImage(), pixels)] * 2, published_view(32, blur=False)
+    ours = functools.partial(random_view.two_views, pixels, random_view.draw(n, seed=0))
+    yield compare(f"{n} images of 32 px", repeats, "two views, in memory", ours, lambda: [*map(transform, images)])
+    photograph = F.interpolate(torch.rand(1, 3, 12, 16), (375, 500), mode="bicubic")[0] + 0.2 * torch.rand(375, 500)
+    T.ToPILImage()((photograph - 0.1).clamp(0, 1)).save(file, "JPEG", quality=85)  # about as large as ImageNet's
 
-    def decode(transform):
-        for _ in range(n):
-            transform(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    def decode(two_views):
+        for _ in range(few):
+            two_views(Image.open(file).convert("RGB"))
 
-    yield {"what": "two views, decoding in a worker", "size": f"{n} JPEG of 500x375 to 224 px"} | compare(
-        lambda: decode(crops), lambda: decode(lambda image: [transform(image) for _ in "qk"]), repeats
-    )
+    crops, view = data.TwoCrops(224, scale=(0.2, 1.0)), published_view(224)
+    both = functools.partial(decode, crops), functools.partial(decode, lambda image: (view(image), view(image)))
+    yield compare(f"{few} JPEG of 500x375 to 224 px", repeats, "two views, decoding in a worker", *both)
     torch.set_num_threads(threads)
 
 
-def momentum(arch, repeats):
-    network = model.MoCo(functools.partial(model.build_encoder, arch), r=256).to(DEVICE)
-    average, online = [*network.encoder_k.parameters()], [*network.encoder_q.parameters()]
-    yield {"what": "momentum update", "size": arch} | compare(
-        lambda: network.momentum_update(average, online, None),
-        lambda: published_momentum_update(average, online),
-        repeats,
-    )
+def networks(momentum_arch, n, arch, size, repeats):
+    """The momentum update; then what saving costs: a pass with each batch saved, and with all kept in memory."""
+    network = model.MoCo(functools.partial(model.build_encoder, momentum_arch), r=256).to(DEVICE)
+    weights = [*network.encoder_k.parameters()], [*network.encoder_q.parameters()]
+    published = functools.partial(published_momentum_update, *weights)
+    yield compare(momentum_arch, repeats, "momentum update", network.momentum_update_key_encoder, published)
+    given = made_up_loader(n, 512, 3, size, size), model.build_encoder(arch, small_images=True).to(**PLACE).eval()
+    with tempfile.TemporaryDirectory() as directory, torch.autocast(DEVICE.type, torch.bfloat16):
+        save = functools.partial(features.compute_features, *given, directory, DEVICE)
+        keep = functools.partial(features.extract_features, *given, DEVICE)
+        yield compare(f"{arch}, {size} px, M {n}", repeats, "feature pass", save, keep)
 
 
-class Stub(torch.utils.data.Dataset):
-    """Samples of which nothing is stored."""
-
-    def __init__(self, n, shape):
-        self.n, self.shape = n, shape
-
-    def __len__(self):
-        return self.n
-
-    def __getitems__(self, indices):
-        return torch.full((len(indices), *self.shape), 0.5), torch.tensor(indices)
-
-
-def feature_pass(n, arch, size, repeats):
-    """What saving costs: the pass of a real encoder with each batch saved, and with all features kept in memory."""
-    encoder = model.build_encoder(arch, 128, small_images=True).eval().to(DEVICE, memory_format=torch.channels_last)
-    loader = DataLoader(Stub(n, (3, size, size)), 512, collate_fn=data.as_it_is)
-
-    def keep_all():
-        everything = torch.zeros(n, 128)
-        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
-            for images, index in loader:
-                everything[index] = encoder(images.to(DEVICE)).float().cpu()
-
-    def save_each():
-        with tempfile.TemporaryDirectory() as directory, torch.autocast(DEVICE.type, torch.bfloat16):
-            features.compute_features(loader, encoder, directory, DEVICE)
-
-    yield {"what": "feature pass", "size": f"{arch}, {size} px, M {n}"} | compare(save_each, keep_all, repeats)
-
-
-STUB_PASS = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-import bench
-n, directory = int(sys.argv[3]), sys.argv[4]
-loader = bench.DataLoader(bench.Stub(n, (128,)), 1024, collate_fn=bench.data.as_it_is)
-bench.features.compute_features(loader, lambda x: x, directory)
-print(bench.resident_kb("VmHWM"))
-x = bench.features.load_features(directory, n, directory + "/features.npy")
-bench.cluster.run_kmeans(x, [64], 0.2, niter=2)
-print(bench.resident_kb("RssAnon"))
-"""
+def stub_pass(n):
+    """In a process of its own: the megabytes at the peak of a pass, and those held after k-means from the disk."""
+    with tempfile.TemporaryDirectory() as directory:
+        features.compute_features(made_up_loader(n, 1024, 128), lambda x: x, directory)
+        at_peak = resident_mb("VmHWM")
+        cluster.run_kmeans(features.load_features(directory, n, f"{directory}/features.npy"), [64], 0.2, niter=2)
+        return at_peak, resident_mb("RssAnon")
 
 
 def memory(ms):
     for m in ms:
-        with tempfile.TemporaryDirectory() as directory:
-            arguments = [str(Path(__file__).parent), str(ROOT), str(m), directory]
-            start = clock()
-            done = subprocess.run(
-                [sys.executable, "-c", STUB_PASS, *arguments], check=True, capture_output=True, text=True
-            )
-            seconds, size = clock() - start, f"stub encoder, M {m}, D 128"
-            at_peak, after = (int(line) / 1e3 for line in done.stdout.splitlines()[-2:])
-        yield {"what": "feature pass, memory of the process at its peak", "size": size, "unit": "", "peak_mb": at_peak}
-        yield {
-            "what": "and, reading and k-means from the disk done, held",
-            "size": size,
-            "ours": seconds,
-            "peak_mb": after,
-        }
+        size, code = f"stub encoder, M {m}, D 128", f"import bench; print(*bench.stub_pass({m}))"
+        seconds, done = timed(run, [sys.executable, "-c", code], cwd=ROOT / "benchmarks")
+        at_peak, held = map(float, done.stdout.split())
+        yield row("feature pass, memory of the process at its peak", size, unit="", peak_mb=at_peak)
+        yield row("and, reading and k-means from the disk done, held", size, seconds, peak_mb=held)
 
 
 def ranks(arch, size, batch, n, repeats):
     """One process against two, each with one thread."""
-    speeds = {1: [], 2: []}
+    speeds, launch = {1: [], 2: []}, [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     with tempfile.TemporaryDirectory() as root:
-        folder = made_up_folder(Path(root) / "data", n, size)
-        for i in range(repeats):
-            for world in speeds:
-                place = f"{root}/{world}.{i}"
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-                options = ["-a", arch, "-b", batch, "--amp", "--warmup", 0, "--epochs", 3, "--exp-dir", place]
-                command = [*map(str, [*command, ROOT / "main_pcl.py", folder, *options])]
-                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                subprocess.run(command, env=environment, check=True, capture_output=True)
-                with open(f"{place}/log.csv") as file:
-                    rows = [*csv.DictReader(file)]
-                speeds[world].append(statistics.median(float(row["images_per_second"]) for row in rows))
-    ratios = [two / one for one, two in zip(speeds[1], speeds[2], strict=True)]
-    size = f"{arch}, {size} px, batch {batch}"
-    yield {"what": "one process, one thread", "size": size, "ours": statistics.median(speeds[1]), "unit": "images/s"}
-    yield {"what": "two processes, one thread each", "size": size, "unit": "images/s"} | {
-        "ours": statistics.median(speeds[2]),
-        "ratio": statistics.median(ratios),
-        "low": min(ratios),
-        "high": max(ratios),
+        options = [made_up_folder(root, n, size), *f"-a {arch} -b {batch} --amp --warmup 0 --epochs 3".split()]
+        for i, world in enumerate([*speeds] * repeats):
+            script = [f"--nproc_per_node={world}", "main_pcl.py", *options, "--exp-dir", f"{root}/{i}"]
+            run([*launch, *script], env=os.environ | {"OMP_NUM_THREADS": "1"})
+            log = np.genfromtxt(f"{root}/{i}/log.csv", delimiter=",", names=True)
+            speeds[world].append(np.median(log["images_per_second"]))
+    size, (one, two) = f"{arch}, {size} px, batch {batch}", map(np.array, speeds.values())
+    yield row("one process, one thread", size, np.median(one), unit="images/s")
+    yield row("two processes, one thread each", size, np.median(two), two / one, unit="images/s")
+
+
+def growth(m, k, doublings, axes):
+    """How cost grows: each size doubled a few times; in rows, and as curves on `axes`."""
+
+    def of_kmeans(m, k, d):
+        return min(timed(cluster.run_kmeans, made_up_features(m, d)[0], [k], 0.2, niter=5)[0] for _ in range(2))
+
+    curves = {
+        "k-means: M": (m, lambda m: of_kmeans(m, k, 128)),
+        "k-means: K": (k, lambda k: of_kmeans(4 * m, k, 128)),
+        "k-means: D": (32, lambda d: of_kmeans(2 * m, 2 * k, d)),
+        "ProtoNCE: batch": (64, lambda batch: next(losses(1000 * k, [100 * k], 128, 16_384, batch, 5))["ours"]),
+        "ProtoNCE: K": (50 * k, lambda k: next(losses(10 * k, [k], 128, 16_384, 256, 5))["ours"]),
     }
-
-
-FIRST_STEP = """
-import os, sys
-sys.path.insert(0, sys.argv.pop(1))
-import main_pcl
-update = main_pcl.MoCo.update
-main_pcl.MoCo.update = lambda *_: update(*_) or os._exit(0)
-main_pcl.main()
-"""
-
-
-def start(repeats):
-    """The default run, from the command to the end of its first step."""
-    seconds = []
-    for _ in range(repeats + 1):
-        with tempfile.TemporaryDirectory() as directory:
-            options = ["--amp", "--optim", "sgd", "--cos", "--warmup", "20", "--exp-dir", directory]
-            command = [sys.executable, "-c", FIRST_STEP, str(ROOT), *options]
-            seconds.append(timed(lambda command=command: subprocess.run(command, check=True, capture_output=True)))
-    yield {
-        "what": "first step of the default run",
-        "size": "from the command on",
-        "ours": statistics.median(seconds[1:]),
-    }
-
-
-def growth(quick, repeats):
-    """How cost grows: each size doubled a few times. {axis: ([sizes], [seconds])}."""
-    doublings, m, k = (2, 400, 10) if quick else (4, 8_000, 200)
-    niter = {"niter": 5}
-
-    def cluster_seconds(m, k, d):
-        x = made_up_features(m, d)[0]
-        return min(timed(lambda: cluster.run_kmeans(x, [k], 0.2, **niter)) for _ in range(repeats))
-
-    def loss_seconds(batch, k):
-        clusters, q = made_up_clusters(10 * k, [k], 128), F.normalize(torch.randn(batch, 128, device=DEVICE), dim=1)
-        q, index = q.requires_grad_(), torch.arange(batch, device=DEVICE)
-        call = lambda: loss.proto_nce(q, index, clusters, 16_384)[0].backward()  # noqa: E731
-        call()
-        return min(timed(call) for _ in range(3 * repeats))
-
-    factors = [2**i for i in range(doublings)]
-    yield "k-means: M", [(m * f, cluster_seconds(m * f, k, 128)) for f in factors]
-    yield "k-means: K", [(k * f, cluster_seconds(4 * m, k * f, 128)) for f in factors]
-    yield "k-means: D", [(32 * f, cluster_seconds(2 * m, 2 * k, 32 * f)) for f in factors]
-    yield "ProtoNCE: batch", [(64 * f, loss_seconds(64 * f, 100 * k)) for f in factors]
-    yield "ProtoNCE: K", [(50 * k * f, loss_seconds(256, 50 * k * f)) for f in factors]
-
-
-def plot(curves, path):
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for name, points in curves.items():
-        sizes, seconds = zip(*points, strict=True)
-        axes.plot(
-            [s / sizes[0] for s in sizes], [s / seconds[0] for s in seconds], "o-", label=f"{name}, {sizes[0]} on"
-        )
-    axes.plot([1, 8], [1, 8], "k:", label="in proportion")
-    axes.set(xscale="log", yscale="log", xlabel="size, relative", ylabel="time, relative")
+    for what, (first, measure) in curves.items():
+        sizes, seconds = [first * 2**i for i in range(doublings)], []
+        for size in sizes:
+            seconds.append(measure(size))
+            yield row(what, size, seconds[-1])
+        axes.loglog(np.divide(sizes, first), np.divide(seconds, seconds[0]), "o-", label=f"{what}, {first} on")
+    axes.loglog([1, 8], [1, 8], "k:", label="in proportion")
+    axes.set(xlabel="size, relative", ylabel="time, relative")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-
-
-HEADER = """\
-| what | size | ours | of the step | memory, MB | published way | published / ours |
-|---|---|---|---|---|---|---|"""
 
 
 def markdown(row):
-    """A row of the table, from the texts of the CSV's columns."""
+    from matplotlib.ticker import EngFormatter  # not above: the tests of this file do without
 
-    def quantity(text):
-        if not text or row["unit"] != "s":
-            return f"{text} {row['unit']}".strip() if text else ""
-        value = float(text)
-        scale, unit = (1, "s") if abs(value) >= 1 else (1e3, "ms") if abs(value) >= 1e-3 else (1e6, "µs")
-        return f"{scale * value:.3g} {unit}"
-
-    ratio = row.get("ratio") or ""
-    if row.get("low"):
-        ratio = "{:.3g} ({:.3g} to {:.3g})".format(*(float(row[name]) for name in ("ratio", "low", "high")))
-    share = f"{100 * float(row['share']):.1f} %" if row.get("share") else ""
-    memory = f"{float(row['peak_mb']):.0f}" if row.get("peak_mb") else ""
-    cells = row["what"], row["size"], quantity(row.get("ours")), share, memory, quantity(row.get("published")), ratio
-    return f"| {' | '.join(cells)} |"
+    number = EngFormatter(row["unit"], places=2)
+    forms = {"what": str, "size": str, "ours": number, "share": "{:.1%}".format, "peak_mb": "{:.0f}".format}
+    forms |= {"published": number}
+    ratio = "{ratio:.3g} ({low:.3g} to {high:.3g})" if "low" in row else "{ratio:.4g}" if "ratio" in row else ""
+    cells = [form(row[name]) if row.get(name) is not None else "" for name, form in forms.items()]
+    return f"| {' | '.join(cells)} | {ratio.format(**row)} |"
 
 
 def main():
+    from matplotlib.figure import Figure
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of a comparison")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="where bench.csv and bench_growth.png go")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="where the three files go")
     args = parser.parse_args()
     torch.manual_seed(0)
     random.seed(0)
-    q, few = args.quick, max(2, args.repeats // 2)
-    m, d, ks, r = IMAGENET.values()
+    q, repeats, few = args.quick, args.repeats, max(2, args.repeats // 2)
+    m, ks, figure = 1_281_167, (25_000, 50_000, 100_000), Figure(figsize=(6, 4))  # ImageNet's sizes
     sections = [
         start(1 if q else few),
-        steps("default run", "resnet18_w16", 8, 128, 256 if q else 1408, few, "--crop-min", 0.5, "--no-flip"),
-        *([] if q else [steps("CIFAR-10", "resnet18", 32, 256, 1024, few)]),
-        losses(*((2000, (50, 100), 16, 32, 8) if q else (m, ks, d, r, 256)), repeats=4 * args.repeats),
-        clustering(*((2000, (50, 100), 16) if q else (m, ks, d)), repeats=args.repeats),
-        kmeans(*((2000, (20, 40), 16) if q else (m // 20, [k // 20 for k in ks], d)), repeats=2),
-        views(args.repeats, 16 if q else 256),
-        momentum("resnet18" if q else "resnet50", args.repeats),
-        feature_pass(*((600, "resnet18_w4", 8) if q else (10_000, "resnet18", 16)), repeats=args.repeats),
+        steps("default run", "resnet18_w16", 8, 128, 256 if q else 1408, "--crop-min 0.5 --no-flip", few),
+        *([] if q else [steps("CIFAR-10", "resnet18", 32, 256, 1024, "", few)]),
+        losses(*((2000, (50, 100), 16, 32, 8) if q else (m, ks, 128, 16_384, 256)), 4 * repeats),
+        clustering(*((2000, (50, 100), 16) if q else (m, ks, 128)), repeats),
+        kmeans(*((2000, (20, 40), 16) if q else (m // 20, [k // 20 for k in ks], 128)), 2),
+        views(16 if q else 256, repeats),
+        networks(*(("resnet18", 600, "resnet18_w4", 8) if q else ("resnet50", 10_000, "resnet18", 16)), repeats),
         memory([1000, 2000] if q else [10**5, 10**6, 10**7]),
         ranks(*(("resnet18_w4", 8, 16, 64, 1) if q else ("resnet18", 32, 256, 512, few))),
+        growth(*((400, 10, 2) if q else (8000, 200, 4)), figure.subplots()),
     ]
-    machine = f"{os.cpu_count()} cores ({platform.machine()}), {DEVICE.type}, torch {torch.__version__}"
-    print(f"{machine}\n\n{HEADER}")
-    args.out.mkdir(exist_ok=True)
-    curves = {}
+    lines = [f"{os.cpu_count()} cores ({os.uname().machine}), {DEVICE.type}, torch {torch.__version__}\n"]
+    lines += ["| what | size | ours | of the step | memory, MB | published way | published / ours |", "|---" * 7 + "|"]
+    print(*lines, sep="\n")
+    args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "bench.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for row in (row for section in sections for row in section):
-            row = {"unit": "s"} | {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in row.items()}
-            print(markdown(row), flush=True)
-            writer.writerow(row)
-        for name, points in growth(q, 2):
-            curves[name] = points
-            for size, seconds in points:
-                print(f"{name} {size}: {seconds:.4g} s", flush=True)
-                writer.writerow({"what": name, "size": size, "ours": f"{seconds:.4g}", "unit": "s"})
-    plot(curves, args.out / "bench_growth.png")
+        for line in ({"unit": "s"} | line for section in sections for line in section):
+            writer.writerow({name: f"{x:.4g}" if isinstance(x, float) else x for name, x in line.items()})
+            lines.append(markdown(line))
+            print(lines[-1], flush=True)
+    (args.out / "bench.md").write_text("\n".join(lines) + "\n")
+    figure.savefig(args.out / "bench_growth.png", dpi=100, bbox_inches="tight")
 
 
 if __name__ == "__main__":

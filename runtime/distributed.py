@@ -66,8 +66,11 @@ def data_parallel(model, find_unused):
     if not dist.is_initialized():
         return model
     device_ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    options = {"find_unused_parameters": find_unused, "broadcast_buffers": False, "gradient_as_bucket_view": True}
-    return DistributedDataParallel(model, device_ids, **options)
+    parallel = DistributedDataParallel(
+        model, device_ids, find_unused_parameters=find_unused, gradient_as_bucket_view=True
+    )
+    parallel.broadcast_buffers = False  # main_pcl.py makes them equal once an epoch
+    return parallel
 
 
 class StopSignals:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains on one node of 8 GPUs under SLURM, and goes on in a new job each time the time limit ends one: sbatch runtime/slurm.sh
+# Trains on one node of 8 GPUs under SLURM, and goes on in a new job each time the time limit ends one: sbatch assets/slurm.sh
 #SBATCH --nodes=1 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64 --time=24:00:00
 #SBATCH --requeue --open-mode=append --signal=B:USR1@120
 trap 'kill -TERM $run; wait $run; scontrol requeue $SLURM_JOB_ID' USR1  # torchrun passes SIGTERM on to all ranks
