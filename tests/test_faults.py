@@ -1,10 +1,12 @@
 """Kills, signals, full disks, dying ranks: what a run loses and what it says. Real processes wherever it matters."""
 
 import contextlib
+import importlib
 import os
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -12,14 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_same, fails, run, weights
+from conftest import TINY, assert_same, fails, position, run, state, weights
 from torch.utils.data import DataLoader, TensorDataset
 
 import main_pcl
-from features import compute_features, load_features, saved_batches
+import runtime.distributed
+from features import compute_features, load_features, read_features
 
 MAIN = main_pcl.__file__
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -73,17 +75,23 @@ def finish(*command, timeout=120, **kwargs):
 
 
 def test_ten_kills_change_nothing(folder, tmp_path, whole, dying):
-    """In every phase, at a random call of the function that the phase is about, and at random times."""
-    rng = random.Random()
+    """In every phase, at a random call of the function that the phase is about, and at random times.
+
+    A failure prints its seed; KILL_SEED=... in the environment repeats it, but for the random times.
+    """
+    seed = int(os.environ.get("KILL_SEED", random.randrange(2**32)))
+    print(f"KILL_SEED={seed}")
+    rng = random.Random(seed)
     moments = [
         ["main_pcl", "info_nce", rng.randint(1, 6)],  # a step
-        ["features", "tqdm", rng.randint(1, 4)],  # the start of a feature pass
-        ["main_pcl", "load_features", rng.randint(1, 3)],  # its end
+        ["features", "tqdm", rng.randint(1, 6)],  # the start of a pass over the images
+        ["main_pcl", "save_features", rng.randint(1, 3)],  # keys of a few steps
+        ["main_pcl", "read_features", rng.randint(1, 4)],
         ["main_pcl", "run_kmeans", rng.randint(1, 2)],
+        ["main_pcl", "knn_accuracy", rng.randint(1, 2)],
         ["os", "fsync", rng.randint(1, 6)],  # a checkpoint, in part on the disk
-        ["os", "replace", rng.randint(1, 12)],  # a checkpoint or a feature file, not yet in its place
-        ["main_pcl", "knn_accuracy", 1],
-        *[[]] * 3,
+        ["os", "replace", rng.randint(1, 12)],  # a checkpoint or log.csv, not yet in its place
+        *[[]] * 2,
     ]
     rng.shuffle(moments)
     directory = tmp_path / "run"
@@ -92,6 +100,7 @@ def test_ten_kills_change_nothing(folder, tmp_path, whole, dying):
     def complete():
         assert_same(whole, weights(directory))
         assert not [path for path in directory.rglob("*") if "features" in path.name or path.suffix == ".tmp"]
+        assert len(list(directory.glob("checkpoint_000?.pth.tar"))) == 4  # of every epoch of so short a run
         shutil.rmtree(directory)
 
     while moments:
@@ -112,10 +121,10 @@ def test_ten_kills_change_nothing(folder, tmp_path, whole, dying):
     complete()
 
 
-@pytest.mark.parametrize("number", main_pcl.STOP_SIGNALS)
+@pytest.mark.parametrize("number", runtime.distributed.STOP_SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_ends(folder, tmp_path, whole, monkeypatch, capfd, number):
     options = [folder, *SMALL, "--exp-dir", tmp_path, "--resume"]
-    info_nce, calls = main_pcl.info_nce, []
+    info_nce, calls, handler = main_pcl.info_nce, [], signal.getsignal(number)
 
     def signalled(*args):
         calls.append(0)
@@ -124,48 +133,83 @@ def test_a_signal_finishes_the_step_saves_and_ends(folder, tmp_path, whole, monk
         return info_nce(*args)
 
     monkeypatch.setattr(main_pcl, "info_nce", signalled)
-    for epoch, step in ((0, 2), (1, 1), (1, 2)):
+    for where in ((0, 2), (1, 1), (1, 2)):
         with pytest.raises(SystemExit) as stop:
             run(*options)
         assert stop.value.code == 128 + number and "--resume" in capfd.readouterr().err
-        state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["run"]
-        assert (state["epoch"], state["step"]) == (epoch, step)
+        assert position(tmp_path) == where
+    assert "go on with its --batch-size 8" in fails(capfd, main_pcl.main, *options, "-b", 12)
     run(*options)
     assert len(calls) == 24  # no step was taken twice
     assert_same(whole, weights(tmp_path))
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) == handler
 
 
-@pytest.mark.parametrize("phase", ["run_kmeans", "knn_accuracy", "save"])
-def test_a_signal_between_the_steps(folder, tmp_path, whole, monkeypatch, phase):
+@pytest.mark.parametrize(
+    "module, phase, call, where, calls_in_all",
+    [
+        ("main_pcl", "knn_accuracy", 1, (0, 1), 3),  # of the untrained network; then comes a step
+        ("main_pcl", "knn_accuracy", 2, (1, 6), 4),  # it is not in the checkpoint
+        ("main_pcl", "run_kmeans", 2, (1, 0), 6),
+        ("runtime.checkpoint", "save", 2, (1, 0), None),  # at the end of epoch 0; then comes its E-step
+    ],
+)
+def test_a_signal_between_the_steps_finishes_the_phase(
+    folder, tmp_path, whole, monkeypatch, module, phase, call, where, calls_in_all
+):
     options = [folder, *SMALL, "--exp-dir", tmp_path, "--resume"]
-    original, calls = getattr(main_pcl, phase), []
+    module, calls = importlib.import_module(module), []
+    original = getattr(module, phase)
 
     def signalled(*args, **kwargs):
         calls.append(0)
-        if len(calls) == 2:
+        if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(main_pcl, phase, signalled)
+    monkeypatch.setattr(module, phase, signalled)
     with pytest.raises(SystemExit) as stop:
         run(*options)
-    assert stop.value.code == 128 + signal.SIGTERM
-    state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["run"]
-    assert (state["epoch"], state["step"]) == {"run_kmeans": (0, 6), "knn_accuracy": (1, 6), "save": (0, 6)}[phase]
+    assert stop.value.code == 128 + signal.SIGTERM and position(tmp_path) == where
+    assert (state(tmp_path)["clusters"] is None) == (where[0] == 0)
     run(*options)
+    assert len(calls) == (calls_in_all or len(calls))
     assert_same(whole, weights(tmp_path))
 
 
+def test_a_signal_in_an_epoch_that_is_not_due_is_saved_for(folder, tmp_path, monkeypatch):
+    """Epochs without a save of their own finish clustering first, too, and lose nothing."""
+    run_kmeans, calls = main_pcl.run_kmeans, []
+
+    def signalled(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 9:  # two granularities an epoch: at the end of epoch 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_kmeans(*args, **kwargs)
+
+    monkeypatch.setattr(main_pcl, "run_kmeans", signalled)
+    with pytest.raises(SystemExit):
+        run(folder, *SMALL, "--epochs", 300, "--exp-dir", tmp_path)
+    assert position(tmp_path) == (5, 0) and state(tmp_path)["clusters"]
+
+
+def test_a_machine_without_sigusr1(monkeypatch):
+    """Windows has no SIGUSR1."""
+    monkeypatch.delattr(signal, "SIGUSR1")
+    fresh = runpy.run_path(runtime.distributed.__file__)
+    assert list(fresh["STOP_SIGNALS"]) == [signal.SIGTERM, signal.SIGINT]
+
+
 def test_a_signal_to_all_processes_of_a_run_spares_its_loader_workers(mixed, tmp_path):
-    command = [sys.executable, MAIN, mixed, *SMALL, "-j", "2", "--exp-dir", tmp_path / "run", "--resume"]
+    options = [mixed, *SMALL, "--knn-every", "4", "--exp-dir"]
+    command = [sys.executable, MAIN, *options, tmp_path / "run", "-j", "2", "--resume"]
     process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, start_new_session=True, text=True)
     while not process.stdout.readline().startswith("epoch   0"):
         pass
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert finish(*command).returncode == 0
-    run(mixed, *SMALL, "-j", 0, "--exp-dir", tmp_path / "whole")
+    run(*options, tmp_path / "whole", "-j", 0)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
@@ -180,45 +224,30 @@ def test_two_runs_in_one_directory(folder, tmp_path, capsys):
     assert process.wait(60) == 128 + signal.SIGINT
 
 
-@pytest.mark.parametrize("every", [0, 3600])
-def test_epochs_that_are_not_saved_are_trained_again(folder, tmp_path, monkeypatch, every):
-    """Signals and a power cut in short epochs, of which none or all are saved between the three that are kept."""
-    options = [folder, *SMALL, "--epochs", 30, "--resume"]
+def test_epochs_that_are_not_saved_are_trained_again(folder, tmp_path, monkeypatch):
+    """Signals and power cuts in short epochs, of which all or none are saved between those that are kept."""
+    options = [folder, *SMALL, "--epochs", 20, "--resume"]
     run(*options, "--exp-dir", tmp_path / "whole")
-    monkeypatch.setattr(main_pcl, "SAVE_EVERY", every)
     info_nce, calls = main_pcl.info_nce, []
 
     def dying(*args):
         calls.append(0)
-        if len(calls) in (40, 90):
+        if len(calls) in (25, 60):
             os.kill(os.getpid(), signal.SIGTERM)
-        if len(calls) in (70, 101, 140):
+        if len(calls) in (47, 80, 112):
             raise KeyboardInterrupt
         return info_nce(*args)
 
     monkeypatch.setattr(main_pcl, "info_nce", dying)
-    for _ in range(5):
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            run(*options, "--exp-dir", tmp_path / "parts")
-    run(*options, "--exp-dir", tmp_path / "parts")
-    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-
-
-def test_a_signal_in_an_epoch_that_is_not_due_is_saved_for(folder, tmp_path, monkeypatch):
-    """Epochs without a save of their own finish clustering first, and lose nothing."""
-    run_kmeans, calls = main_pcl.run_kmeans, []
-
-    def signalled(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == 9:  # two granularities an epoch: at the end of epoch 4
-            os.kill(os.getpid(), signal.SIGTERM)
-        return run_kmeans(*args, **kwargs)
-
-    monkeypatch.setattr(main_pcl, "run_kmeans", signalled)
-    with pytest.raises(SystemExit):
-        run(folder, *SMALL, "--epochs", 300, "--exp-dir", tmp_path)
-    state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["run"]
-    assert (state["epoch"], state["step"]) == (5, 0) and state["clusters"]
+    for every, again in ((0, 10), (3600, 28)):  # steps lost by three power cuts: of an epoch, or of two
+        monkeypatch.setattr(main_pcl, "SAVE_EVERY", every)
+        calls.clear()
+        for _ in range(5):
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                run(*options, "--exp-dir", tmp_path / str(every))
+        run(*options, "--exp-dir", tmp_path / str(every))
+        assert len(calls) == 20 * 6 + again
+        assert_same(weights(tmp_path / "whole"), weights(tmp_path / str(every)))
 
 
 # -- saving
@@ -253,67 +282,35 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, capsys, full_d
 
 
 def passes(n, batch_size=4):
-    return DataLoader(TensorDataset(torch.arange(2.0 * n).view(n, 2), torch.arange(n)), batch_size, sampler=range(n))
-
-
-def test_a_feature_file_is_whole_or_not_there(tmp_path, full_disk):
-    wide = torch.nn.Linear(2, 300)
-    with full_disk(), pytest.raises(OSError, match="large"):
-        compute_features(passes(10), wide, tmp_path)
-    assert not list(tmp_path.glob("*.pt"))
-    compute_features(passes(10), wide, tmp_path)
-    assert load_features(tmp_path, 10).shape == (10, 300) and not list(tmp_path.glob("*.tmp"))
+    return DataLoader(TensorDataset(torch.arange(2.0 * n).view(n, 2), torch.arange(n)), batch_size)
 
 
 def test_no_room_for_features_on_the_disk_is_an_error_not_a_crash(tmp_path, full_disk):
+    wide = torch.nn.Linear(2, 300)
+    with full_disk(), pytest.raises(OSError, match="large"):
+        compute_features(passes(10), wide, tmp_path)
+    assert len(read_features(tmp_path, 10)[1]) == 10  # what is half there is missing
     compute_features(passes(400), lambda x: x, tmp_path)
     with full_disk(), pytest.raises(OSError, match="large"):
         load_features(tmp_path, 400, tmp_path / "features.npy")
-
-
-def test_a_feature_pass_is_taken_up_where_it_stopped(tmp_path):
-    compute_features(passes(12), lambda x: x, tmp_path)
-    whole, seen = load_features(tmp_path, 12), []
-    (tmp_path / "batch_2_features.pt").write_bytes(b"")  # as a power cut leaves it
-    done, first = saved_batches(tmp_path)
-    assert sorted(done.tolist()) == list(range(8)) and first == 2
-    rest = DataLoader(passes(12).dataset, 4, sampler=range(8, 12))
-    compute_features(rest, lambda x: seen.append(len(x)) or x, tmp_path, first=first)
-    assert seen == [4]
-    np.testing.assert_array_equal(load_features(tmp_path, 12), whole)
-
-
-def test_features_of_other_weights_are_not_taken_up(folder, tmp_path, monkeypatch):
-    options = [folder, *SMALL, "--features", "pass", "--exp-dir", tmp_path, "--resume"]
-    taken_up = []
-    monkeypatch.setattr(main_pcl, "saved_batches", lambda place: taken_up.append(saved_batches(place)) or taken_up[-1])
-
-    def die(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(main_pcl, "load_features", die)
-        run(*options)
-    assert len(list(tmp_path.glob("features/*/*.pt"))) == 2
-    run(*options)
-    assert len(taken_up[1][0]) == 48 and all(len(index) == 0 for index, _ in taken_up[2:])
 
 
 # -- several processes
 
 
 def test_ranks_stop_and_go_on_in_other_numbers(folder, tmp_path, dying):
-    """Two ranks until a signal in the middle of an epoch, then three, then one: every step once."""
+    """Two ranks until a signal in the middle of an epoch, then three, then one: every step once, and every key."""
     options = [folder, *SMALL, "-b", 12, "--bn-splits", 1, "--epochs", 3, "--exp-dir", tmp_path, "--resume"]
     stop = ["main_pcl", "info_nce", 6, int(signal.SIGTERM), 1]
     done = finish(*TORCHRUN, "--nproc_per_node=2", dying, *stop, *options)
     assert done.returncode and "stopped by a signal" in done.stderr, done.stderr[-2000:]
-    state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["run"]
-    assert (state["epoch"], state["step"]) == (1, 2)
+    assert position(tmp_path) == (1, 2)
     done = finish(*TORCHRUN, "--nproc_per_node=3", dying, *stop[:-1], 2, *options)
     assert done.returncode and "resumed at epoch 1, step 2" in done.stdout, done.stderr[-2000:]
-    state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["run"]
-    assert (state["epoch"], state["step"]) == (2, 4)
+    assert position(tmp_path) == (2, 4)
+    keys = [torch.load(path, weights_only=True)["index"] for path in tmp_path.glob("features/keys/batch*")]
+    assert sorted(map(len, keys)) == [8, 8, 8, 12, 12]  # of epoch 1: a file per rank, two steps in each
+    assert torch.cat(keys).sort().values.tolist() == list(range(48))
     log = run(*options)
     assert [row["epoch"] for row in log] == [0, 1, 2]
 
@@ -326,22 +323,27 @@ def test_a_rank_that_dies_ends_the_others(folder, tmp_path, dying):
 
 
 def test_max_restarts_brings_the_run_back(folder, tmp_path, dying):
-    options = [folder, *SMALL, "--exp-dir"]
-    assert finish(*TORCHRUN, "--nproc_per_node=2", MAIN, *options, tmp_path / "whole").returncode == 0
+    options = [folder, *SMALL, "--pcl-r", 10, "--exp-dir"]
+    done = finish(*TORCHRUN, "--nproc_per_node=2", MAIN, *options, tmp_path / "whole")
+    assert done.returncode == 0 and done.stdout.count("epoch   3") == 1 and "2 x cpu" in done.stdout
+    whole = weights(tmp_path / "whole")
+    torch.testing.assert_close(whole["module.queue"].norm(dim=0), torch.ones(10))
+    assert whole["module.queue_ptr"].item() == 4 * 6 * 8 % 10  # both ranks' keys of all steps, which is not 0
+
     moment = ["main_pcl", "info_nce", 8, int(signal.SIGKILL), 1]
     restarts = ["--nproc_per_node=2", "--max-restarts=1"]
     done = finish(*TORCHRUN, *restarts, dying, *moment, *options, tmp_path / "parts")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed at epoch 1, step 0" in done.stdout
-    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert_same(whole, weights(tmp_path / "parts"))
 
 
-def test_the_slurm_script_of_the_readme(folder, tmp_path):
-    (script,) = re.findall(
-        r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", Path(MAIN).with_name("README.md").read_text(), re.S
-    )
+def test_the_slurm_script(folder, tmp_path):
+    (file,) = Path(MAIN).parent.glob("*/slurm.sh")
     command = " ".join(map(str, [MAIN, folder, *SMALL, "--epochs", 200, "--exp-dir", tmp_path / "run"]))
-    script = re.sub(r"main_pcl.py .* --resume", f"{command} --resume", script).replace("node=8 --max", "node=2 --max")
+    script, commands = re.subn(r"main_pcl.py .* --resume", f"{command} --resume", file.read_text())
+    script, ranks = re.subn("node=8 --max", "node=2 --max", script)
+    assert commands == ranks == 1
     (tmp_path / "job.sh").write_text(script)
     (tmp_path / "scontrol").write_text(f"#!/bin/bash\necho $* > {tmp_path}/requeued\n")
     (tmp_path / "scontrol").chmod(0o755)
@@ -353,5 +355,4 @@ def test_the_slurm_script_of_the_readme(folder, tmp_path):
     job.send_signal(signal.SIGUSR1)
     job.communicate(timeout=60)
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    state = torch.load(tmp_path / "run" / "checkpoint.pth.tar", weights_only=True)["run"]
-    assert state["step"] or state["epoch"]
+    assert position(tmp_path / "run") >= (1, 0)

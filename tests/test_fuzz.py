@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from cluster import Clusters, run_kmeans
-from features import compute_features, load_features, saved_batches
+from features import compute_features, read_features
 from loss import info_nce, proto_nce
 
 fuzz = hypothesis.settings(max_examples=100, deadline=None)
@@ -73,16 +74,22 @@ def test_run_kmeans(seed, m, k, dim, temperature, duplicates):
 @fuzz
 @hypothesis.given(st.data(), st.integers(1, 40), st.integers(1, 12))
 def test_feature_store(data, n, batch_size):
-    """Any order, any batch size, interrupted anywhere by the loss of any files: every sample back in its row."""
+    """Any order, any batch size, any files lost or broken: the rest in its rows, and what is missing can be added."""
     order = data.draw(st.permutations(range(n)))
-    samples = TensorDataset(torch.arange(3.0 * n).view(n, 3), torch.arange(n))
+    samples, lost = TensorDataset(torch.arange(3.0 * n).view(n, 3), torch.arange(n)), set()
+    whole = samples.tensors[0].numpy()
     with tempfile.TemporaryDirectory() as directory:
         compute_features(DataLoader(samples, batch_size, sampler=order), lambda x: x, directory)
-        files = math.ceil(n / batch_size)
-        for number in data.draw(st.sets(st.integers(0, files - 1))):
-            with open(f"{directory}/batch_{number}_features.pt", "wb") as file:
-                file.write(b"broken" * data.draw(st.integers(0, 1)))
-        done, first = saved_batches(directory)
-        left = sorted(set(range(n)) - set(done.tolist()))
-        compute_features(DataLoader(samples, batch_size, sampler=left), lambda x: x, directory, first=first)
-        np.testing.assert_array_equal(load_features(directory, n), samples.tensors[0].numpy())
+        for number in data.draw(st.sets(st.integers(0, math.ceil(n / batch_size) - 1))):
+            file = Path(directory) / f"batch_{number}_features.pt"
+            file.write_bytes(file.read_bytes()[: data.draw(st.sampled_from([0, 9, 200, -9]))])
+            lost.update(order[number * batch_size : (number + 1) * batch_size])
+        features, missing = read_features(directory, n)
+        assert missing.tolist() == sorted(lost) and (features is None) == (len(lost) == n)
+        if len(lost) < n:
+            left = sorted(set(range(n)) - lost)
+            np.testing.assert_array_equal(features[left], whole[left])
+        compute_features(DataLoader(samples, batch_size, sampler=missing.tolist()), lambda x: x, directory)
+        features, missing = read_features(directory, n, features=features)
+        np.testing.assert_array_equal(features, whole)
+        assert missing.tolist() == sorted(set(range(n)) - lost)

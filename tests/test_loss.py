@@ -1,5 +1,6 @@
 """The losses against their formulas in plain float64 loops."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from cluster import Clusters
-from loss import _choose_prototypes, info_nce, proto_nce
+from loss import info_nce, proto_nce
 
 
 def unit(*shape):
@@ -70,29 +71,26 @@ def test_nothing_is_random_where_all_negatives_are_taken():
     assert losses.pop() == pytest.approx(slow_proto_nce(q, index, level, range(12))[0], rel=1e-5)
 
 
-def test_proto_nce_with_drawn_negatives_is_its_formula():
-    torch.manual_seed(3)
-    q, index, level = unit(6, 8), torch.arange(6), granularity(40, [7, 7, 7, 0, 39, 39])
-    torch.manual_seed(4)
-    chosen, bias, own = _choose_prototypes(level.im2cluster, 40, 5)
-    assert torch.equal(chosen[own], level.im2cluster)
-    torch.manual_seed(4)
-    loss, acc = proto_nce(q, index, [level], 5)
-    expected = slow_proto_nce(q, index, level, chosen[bias == 0].tolist())
-    assert (loss.item(), acc.item()) == pytest.approx(expected, rel=1e-5)
+def test_one_negative_fewer_than_there_are_leaves_one_out():
+    torch.manual_seed(8)
+    q, index, level = unit(3, 8), torch.arange(3), granularity(10, [4, 4, 4])
+    everything = slow_proto_nce(q, index, level, range(10))[0]
+    assert proto_nce(q, index, [level], 9)[0].item() == pytest.approx(everything, rel=1e-5)
+    left_out = [slow_proto_nce(q, index, level, set(range(10)) - {j})[0] for j in set(range(10)) - {4}]
+    assert any(proto_nce(q, index, [level], 8)[0].item() == pytest.approx(loss, rel=1e-5) for loss in left_out)
 
 
 def test_negatives_are_drawn_evenly_without_replacement():
-    torch.manual_seed(5)
-    target, drawn = torch.tensor([3, 3, 8, 0]), torch.zeros(20)
-    for _ in range(4000):
-        chosen, bias, _ = _choose_prototypes(target, 20, 6)
-        kept = chosen[bias == 0]
-        assert len(kept) == len(kept.unique()) == 3 + 6
-        drawn[kept] += 1
-    own = torch.zeros(20, dtype=torch.bool).index_fill(0, target, True)
-    assert (drawn[own] == 4000).all()
-    assert drawn[~own].sub(4000 * 6 / 17).abs().max() < 5 * math.sqrt(4000 * 6 / 17 * 11 / 17)  # the last one too
+    """Every pair of the seven prototypes that are nobody's, the last one too, as often as any other pair."""
+    torch.manual_seed(3)
+    q, index, level = unit(6, 8), torch.arange(6), granularity(10, [7, 7, 7, 0, 5, 5])
+    pairs = list(itertools.combinations([1, 2, 3, 4, 6, 8, 9], 2))
+    expected = torch.tensor([slow_proto_nce(q, index, level, [0, 5, 7, *pair]) for pair in pairs])
+    drawn = torch.tensor([[x.item() for x in proto_nce(q, index, [level], 2)] for _ in range(840)])
+    error, pair = (drawn[:, None, 0] - expected[:, 0]).abs().min(1)
+    assert error.max() < 1e-5 and expected[:, 0].sort().values.diff().min() > 1e-4
+    torch.testing.assert_close(drawn[:, 1], expected[pair, 1])
+    assert pair.bincount(minlength=21).sub(40).abs().max() < 5 * math.sqrt(40)
 
 
 @pytest.mark.parametrize("name", ["info_nce", "proto_nce"])
@@ -110,8 +108,11 @@ def test_gradient_by_finite_differences(name):
 
 def test_float32_under_autocast():
     torch.manual_seed(7)
-    q, k, queue = unit(5, 8), unit(5, 8), unit(9, 8).T
+    q, k, queue, level = unit(5, 8), unit(5, 8), unit(9, 8).T, granularity(6, [0, 1, 1, 4, 5])
+    losses = (lambda: info_nce(q, k, queue, 0.2)[0], lambda: proto_nce(q, torch.arange(5), [level], 9)[0])
+    outside = [loss() for loss in losses]
     with torch.autocast("cpu", torch.bfloat16):
-        assert info_nce(q, k, queue, 0.2)[0] == info_nce(q.clone(), k, queue, 0.2)[0]
-        inside = info_nce(q, k, queue, 0.2)[0]
-    assert inside == info_nce(q, k, queue, 0.2)[0]
+        assert (q @ queue).dtype == torch.bfloat16
+        assert [loss() for loss in losses] == outside
+    half = info_nce(q.bfloat16(), k.bfloat16(), queue.bfloat16(), 0.2)[0]  # 16 bits from outside are made 32
+    assert half == info_nce(q.bfloat16().float(), k.bfloat16().float(), queue.bfloat16().float(), 0.2)[0]

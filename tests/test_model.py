@@ -37,15 +37,35 @@ def test_split_batch_norm_normalises_each_group_alone():
         torch.testing.assert_close(group.std(1, unbiased=False), torch.ones(3), atol=1e-3, rtol=0)
 
 
-def test_no_key_shares_its_querys_group():
-    """What a key's group has in common with its query's is the fewest images that can be: n / groups."""
+def test_the_running_statistics_of_split_batch_norm_are_those_of_a_group():
+    """Where all groups are alike; in eval mode these statistics normalise, whatever the batch."""
+    group, norm = 3 * torch.randn(4, 3, 5, 5) + torch.arange(3.0)[:, None, None], SplitBatchNorm2d(3, 4)
+    for _ in range(200):
+        norm(group.repeat(4, 1, 1, 1))
+    mean, variance = group.mean((0, 2, 3)), group.var((0, 2, 3))
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
+    x, norm = torch.randn(1, 3, 2, 2), norm.eval()
+    expected = (x - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None]
+    torch.testing.assert_close(norm(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_keys_group_shares_as_few_images_as_can_be_with_its_querys():
+    """Its own and so many others that each group has its equal share: n / groups."""
     model, n, splits = make(bn_splits=4), 32, 4
-    share, back = model._shuffle(torch.arange(n))
-    assert torch.equal(share[back], torch.arange(n))
+    share, own_rows = model.batch_shuffle(torch.arange(n))
+    assert torch.equal(share[own_rows], torch.arange(n))
     for i in range(n):
         query_group = set(range(i // 8 * 8, i // 8 * 8 + 8))
-        key_group = set(share.view(splits, -1)[back[i] // 8].tolist())
+        key_group = set(share.view(splits, -1)[own_rows[i] // 8].tolist())
         assert i in key_group and len(query_group & key_group) == 8 // splits
+
+
+def test_each_query_gets_the_key_of_its_own_image_back():
+    """Of weights that are the same, and of batch norm that does not look at the batch."""
+    model, x = make(bn_splits=4).eval(), torch.randn(32, 3, 8, 8)
+    q, k, _ = model(x, x)
+    torch.testing.assert_close(q, k)
 
 
 def test_momentum_update_is_its_formula():
@@ -55,10 +75,12 @@ def test_momentum_update_is_its_formula():
             p.add_(torch.randn_like(p))
     pairs = [(model.encoder_k, model.encoder_q), (model.b_k, model.b_q)]
     expected = [0.9 * k + 0.1 * q for a, b in pairs for k, q in zip(a.parameters(), b.parameters(), strict=True)]
-    model.update(torch.randn(4, 8))
+    queue = model.queue.clone()
+    model.momentum_update_key_encoder()
     got = [k for a, _ in pairs for k in a.parameters()]
     for e, g in zip(expected, got, strict=True):
         torch.testing.assert_close(e, g)
+    assert torch.equal(queue, model.queue)
 
 
 @pytest.mark.parametrize("n", [1, 5, 16, 23])
@@ -66,7 +88,7 @@ def test_queue_takes_any_batch_and_keeps_the_latest(n):
     model, seen = make(r=16), []
     for _ in range(7):
         k = torch.randn(n, 8)
-        model.update(k)
+        model.dequeue_and_enqueue(k)
         seen += k.tolist()
     kept = {tuple(row) for row in torch.tensor(seen[-16:]).tolist()}
     assert len({tuple(c) for c in model.queue.T.tolist()} & kept) == min(16, len(seen))

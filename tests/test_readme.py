@@ -18,7 +18,8 @@ ROOT = Path(main_pcl.__file__).parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 SNIPPETS = [text for language, text in BLOCKS if language == "python"]
-LINES = "\n".join(text for language, text in BLOCKS if language == "bash").replace("\\\n", " ").splitlines()
+BASH = "\n".join(text for language, text in BLOCKS if language == "bash").replace("\\\n", " ")
+LINES = BASH.replace("&&", "\n").splitlines()
 COMMANDS = [shlex.split(line, comments=True) for line in LINES if line.strip()]
 SHORT = [*TINY, "--epochs", "2", "--warmup", "1"]
 
