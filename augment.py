@@ -25,7 +25,7 @@ class RandomView:
     def __init__(
         self, size, aug_plus=True, crop_min=0.2, color_jitter=True, grayscale=True, blur=True, flip=True, crop=True
     ):
-        self.size, self.crop_min, self.crop = size, crop_min, crop
+        self.size, self.crop_min, self.crop, self.aug_plus = size, crop_min, crop, aug_plus
         self.jitter = torch.tensor([0.4, 0.4, 0.4, 0.1 if aug_plus else 0.4])
         p_jitter = color_jitter * (0.8 if aug_plus else 1.0)
         self.chances = torch.tensor([p_jitter, grayscale * 0.2, blur * aug_plus * 0.5, flip * 0.5])
@@ -48,11 +48,14 @@ class RandomView:
         x = images.float() / 255
         if self.crop:
             x = resized_crop(x, random_boxes(box, *x.shape[2:], self.crop_min), self.size)
+        if not self.aug_plus:  # MoCo v1 drops the colour first
+            apply_where(x, gray, lambda x: luminance(x).expand_as(x))
         factors = ((2 * factors - 1) * self.jitter + torch.tensor([1, 1, 1, 0])).T[..., None, None, None]
         for turn in order.argsort(1).T:  # each image has its own order
             for number, adjust in enumerate((brightness, contrast, saturation, hue)):
                 apply_where(x, jitter & (turn == number), adjust, factors[number])
-        apply_where(x, gray, lambda x: luminance(x).expand_as(x))
+        if self.aug_plus:
+            apply_where(x, gray, lambda x: luminance(x).expand_as(x))
         apply_where(x, blur, gaussian_blur, 0.1 + 1.9 * sigma[:, 0])
         apply_where(x, flip, lambda x: x.flip(-1))
         return normalize(x)

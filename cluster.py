@@ -7,6 +7,7 @@ that faiss does not see, as where faiss-gpu is not installed, it is torch's matr
     im2cluster, centroids, density = clusters[0]
 """
 
+import functools
 from typing import NamedTuple
 
 import faiss
@@ -25,6 +26,11 @@ class Clusters(NamedTuple):
 
     def to(self, device):
         return Clusters(*(tensor.to(device) for tensor in self))
+
+    @classmethod
+    def empty(cls, m, k, d):
+        """Room for what another process has found."""
+        return cls(torch.empty(m, dtype=torch.long), torch.empty(k, d), torch.empty(k))
 
 
 def default_num_cluster(n):
@@ -57,9 +63,19 @@ def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
 def _faiss_kmeans(features, k, niter, seed, start):
     """(centroids (k, D), squared distance to the nearest (M,), its number (M,))."""
     sizes = {"min_points_per_centroid": 1, "max_points_per_centroid": 1000}
-    kmeans = faiss.Kmeans(features.shape[1], k, niter=niter, seed=seed, gpu=faiss.get_num_gpus() > 0, **sizes)
+    kmeans = faiss.Kmeans(features.shape[1], k, niter=niter, seed=seed, **sizes)
+    if faiss.get_num_gpus():  # this process's own; gpu=True would take all of them
+        config = faiss.GpuIndexFlatConfig()
+        config.device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        kmeans.index = faiss.GpuIndexFlatL2(_gpu_resources(), features.shape[1], config)
     kmeans.train(features, init_centroids=start)
     return kmeans.centroids, *kmeans.assign(features)
+
+
+@functools.cache
+def _gpu_resources():
+    """faiss's memory on a GPU, which takes a while to set up: once a process."""
+    return faiss.StandardGpuResources()
 
 
 def _torch_kmeans(features, k, niter, seed, start, device="cuda"):

@@ -159,8 +159,8 @@ def load_into_memory(datasets, device="cpu"):
             return datasets
     kept = {"train": torch.stack(pixels).to(device)}
     for name, images in others.items():
-        if name == "plain" and shape[1:] == (datasets.image_size, datasets.image_size):
-            kept[name] = kept["train"]  # the centre crop is all of the image
+        if name == "plain" and shape[1:] == (datasets.image_size, datasets.image_size) and shape[1] <= SMALL:
+            kept[name] = kept["train"]  # the plain view is all of the image
         elif images:
             kept[name] = torch.stack([images[i][0] for i in range(len(images))]).to(device)
     images = {name: getattr(datasets, name) for name in kept}

@@ -96,10 +96,14 @@ def pil_view(size, aug_plus=True, crop_min=0.2, color_jitter=True, grayscale=Tru
     """The published augmentation, written with torchvision's transforms of PIL images."""
     jitter = T.ColorJitter(0.4, 0.4, 0.4, 0.1 if aug_plus else 0.4)
     blurred = T.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * torch.rand(()).item())))
+    colour = [
+        *color_jitter * [T.RandomApply([jitter], 0.8 if aug_plus else 1.0)],
+        *grayscale * [T.RandomGrayscale(0.2)],
+    ]
+    colour = colour if aug_plus else colour[::-1]  # MoCo v1 drops the colour first
     return T.Compose(
         [T.RandomResizedCrop(size, scale=(crop_min, 1.0))]
-        + color_jitter * [T.RandomApply([jitter], p=0.8 if aug_plus else 1.0)]
-        + grayscale * [T.RandomGrayscale(p=0.2)]
+        + colour
         + (blur and aug_plus) * [T.RandomApply([blurred], p=0.5)]
         + flip * [T.RandomHorizontalFlip()]
         + [T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
@@ -127,6 +131,16 @@ def test_colour_operations_are_done_in_every_order(monkeypatch):
     counts = Counter(f"{order:.0f}" for order in views[:, 0, 0, 0].tolist())
     assert counts.keys() == set(map("".join, itertools.permutations("1234")))
     assert max(abs(count - 100) for count in counts.values()) < 5 * math.sqrt(100)
+
+
+@pytest.mark.parametrize("aug_plus", [True, False])
+def test_moco_v1_drops_the_colour_before_the_jitter(monkeypatch, aug_plus):
+    colours = []
+    monkeypatch.setattr(augment, "saturation", lambda x, _: colours.append(x.std(1).max().item()) or x)
+    view = RandomView(16, aug_plus=aug_plus, blur=False)
+    view.chances[1] = 1  # of grey
+    view(TF.pil_to_tensor(picture(16, 16)).expand(50, -1, -1, -1), uniforms(50))
+    assert (max(colours) > 0.1) == aug_plus
 
 
 def test_every_view_has_parameters_of_its_own():

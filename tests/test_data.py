@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 import data
 from augment import RandomView
 from data import EpochSampler, build_datasets, derive_seed, identity_collate, load_into_memory
+from runtime.distributed import ignore_stop_signals
 
 
 def all_of(images):
@@ -50,6 +51,28 @@ def test_views_of_images_in_memory_are_distributed_as_those_of_images_read_as_ne
     )
     for a, b in zip(ours, theirs, strict=True):
         assert_same_distribution(a, b)
+
+
+def test_large_square_images_in_memory_are_framed_as_those_read_as_needed(tmp_path):
+    """As by the evaluation, which reads them: the outer eighth is cut off, of training and held-out images alike."""
+    for part in ("train", "val"):
+        (tmp_path / part / "class").mkdir(parents=True)
+        for i in range(2):
+            picture(96, 96, seed=i).save(tmp_path / part / "class" / f"{i}.png")
+    read = build_datasets(str(tmp_path))
+    kept = load_into_memory(read)
+    assert kept.image_size == 96 and kept.train.pixels.shape == (2, 3, 96, 96)
+    for a, b in ((kept.plain, read.plain), (kept.val, read.val)):
+        assert torch.equal(all_of(a)[0], all_of(b)[0]) and not torch.equal(all_of(a)[0], kept.train.pixels)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_of_every_start_method_give_the_same_views(mixed, method):
+    train, options = build_datasets(str(mixed)).train, {"sampler": range(6), "collate_fn": identity_collate}
+    options |= {"worker_init_fn": ignore_stop_signals, "num_workers": 1, "multiprocessing_context": method}
+    train.set_epoch(3)
+    ((views, index),) = DataLoader(train, 6, **options)
+    assert index.tolist() == [*range(6)] and torch.equal(views, torch.stack([train[i][0] for i in range(6)]))
 
 
 def test_images_that_differ_in_size_or_are_too_many_are_read_as_needed(folder, mixed, monkeypatch):

@@ -50,6 +50,32 @@ def test_the_running_statistics_of_split_batch_norm_are_those_of_a_group():
     torch.testing.assert_close(norm(x), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("fold", [False, True])
+def test_the_running_statistics_move_once_a_step_by_the_groups_mean(monkeypatch, fold):
+    monkeypatch.setattr(SplitBatchNorm2d, "fold", fold)
+    x, norm = 2 * torch.randn(12, 3, 5, 5) + torch.arange(12.0)[:, None, None, None], SplitBatchNorm2d(3, 4)
+    norm(x)
+    groups = x.view(4, 3, 3, 5, 5)
+    torch.testing.assert_close(norm.running_mean, 0.1 * groups.mean((1, 3, 4)).mean(0))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * groups.var((1, 3, 4)).mean(0))
+    assert norm.num_batches_tracked == 1
+
+
+def test_groups_folded_into_channels_are_groups_one_by_one(monkeypatch):
+    torch.manual_seed(0)
+    x, results = torch.randn(12, 5, 4, 3).to(memory_format=torch.channels_last), []
+    weight = torch.randn_like(x)
+    for fold in (False, True):
+        monkeypatch.setattr(SplitBatchNorm2d, "fold", fold)
+        norm, inputs = SplitBatchNorm2d(5, 3), x.clone().requires_grad_()
+        torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
+        y = norm(inputs)
+        (y * weight).sum().backward()
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        results.append((y, inputs.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+
+
 def test_a_keys_group_shares_as_few_images_as_can_be_with_its_querys():
     """Its own and so many others that each group has its equal share: n / groups."""
     model, n, splits = make(bn_splits=4), 32, 4
