@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from augment import normalize
 from cluster import default_num_cluster, run_kmeans
-from data import Images, build_datasets, identity_collate, linear_view
+from data import DataError, Images, build_datasets, identity_collate, linear_view
 from features import extract_features
 from metrics import knn_accuracy, linear_probe, stored_batches, top_k
 from model import backbone, build_encoder
@@ -33,7 +33,11 @@ def get_parser():
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("data", nargs="?", help="folder, name or nothing, as for main_pcl.py; default: what the run was trained on")
-    add("--exp-dir", default="experiment_pcl", metavar="DIR", help="the run whose last checkpoint is evaluated")
+    add(
+        "--exp-dir",
+        metavar="DIR",
+        help="the run whose last checkpoint is evaluated; default: the newest experiment_pcl",
+    )
     add("--pretrained", metavar="FILE", help="a checkpoint instead, of this project or of published MoCo or PCL")
     add("--augment", action="store_true", help="the published probe: random crops through the backbone, every epoch")
     add("--epochs", type=cli.positive_int, default=100, help="of the probe; the rate drops x0.1 at 60 %% and 80 %%")
@@ -51,7 +55,7 @@ def get_parser():
 def main(argv=None):
     """Evaluate a checkpoint and print a table. Returns {row: {column: figure}}."""
     args = get_parser().parse_args(argv)
-    path = Path(args.pretrained or Path(args.exp_dir) / "checkpoint.pth.tar")
+    path = Path(args.pretrained or checkpoint.choose_directory(args.exp_dir, resume="") / "checkpoint.pth.tar")
     if not path.exists():
         cli.fail(f"there is no {path}; train first with python main_pcl.py, or name a file with --pretrained")
     loaded = checkpoint.read(path)
@@ -59,11 +63,16 @@ def main(argv=None):
     data = args.data or (None if args.pretrained else stored.get("data"))  # a stranger's file names no folder here
     try:
         encoder = load_encoder(loaded)
-        datasets = build_datasets(data, args.image_size or stored.get("image_size"), flip=stored.get("flip"))
-        num_cluster = args.num_cluster or stored.get("num_cluster") or default_num_cluster(len(datasets.train))
-        return evaluate(args, encoder, loaded["arch"], datasets, num_cluster, stored.get("flip", True))
     except ValueError as error:
         cli.fail(cli.format_error(error))
+    with cli.errors_in_one_line(DataError):
+        datasets = build_datasets(data, args.image_size or stored.get("image_size"), flip=stored.get("flip"))
+        n = len(datasets.train)
+        num_cluster = args.num_cluster or stored.get("num_cluster") or default_num_cluster(n)
+        if max(num_cluster) > n and args.num_cluster:
+            cli.fail(f"{max(num_cluster)} clusters are more than the {n} training images; lower --num-cluster")
+        num_cluster = num_cluster if max(num_cluster) <= n else default_num_cluster(n)  # a run's on larger data
+        return evaluate(args, encoder, loaded["arch"], datasets, num_cluster, stored.get("flip", True))
 
 
 def evaluate(args, encoder, arch, datasets, num_cluster, flip):

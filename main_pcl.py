@@ -13,17 +13,15 @@ Then `python eval_lincls.py` says what the features are worth.
 
 import argparse
 import functools
-import json
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from timm.optim import create_optimizer_v2
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -37,7 +35,7 @@ from loss import info_nce, proto_nce
 from metrics import knn_accuracy
 from model import MoCo, backbone, build_encoder
 from runtime import checkpoint, cli, distributed
-from runtime.checkpoint import RunState, draw_prototypes, write_log
+from runtime.checkpoint import FIGURES, RunState, draw_prototypes, write_log
 from runtime.distributed import get_rank_and_world, print_main
 
 SYNC_EVERY = 20  # steps between the moments when the host waits for the device, to see the figures of those steps
@@ -69,11 +67,11 @@ def train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run,
         im_q, im_k = random_view.two_views(images.to(args.device, non_blocking=True), draws)  # (N, 3, S, S)
         with autocast(args):
             q, k, c, to_cluster = forward(im_q, im_k, clusters is not None, features=True)  # (N, D) each
-        loss, acc_inst = info_nce(q, k, model.queue, args.temperature)
-        acc_proto = torch.zeros_like(acc_inst)
+        loss_inst, acc_inst = info_nce(q, k, model.queue, args.temperature)
+        loss_proto = acc_proto = torch.zeros_like(acc_inst)
         if clusters is not None:
             loss_proto, acc_proto = proto_nce(c, index.to(args.device, non_blocking=True), clusters, args.pcl_r)
-            loss = loss + loss_proto
+        loss = loss_inst + loss_proto
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -84,7 +82,8 @@ def train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run,
         model.momentum_update_key_encoder()
         model.dequeue_and_enqueue(k)
 
-        pending.append((index, to_cluster, torch.stack([loss.detach(), acc_inst, acc_proto, norm])))
+        figures = torch.stack([loss_inst.detach(), loss_proto.detach(), acc_inst, acc_proto, norm])  # as in FIGURES
+        pending.append((index, to_cluster, figures))
         run.step += 1
         if len(pending) == SYNC_EVERY:
             sync(pending, scaler, run, args, keys)
@@ -114,12 +113,15 @@ def e_step(model, images, previous, epoch, args, keys=None):
     distributed.broadcast_object(None)  # the others wait for the first rank
     features = np.load(file, mmap_mode="c")  # (n, D), on the disk; "r" makes torch warn
 
-    found, start = {}, {len(level.centroids): level.centroids.cpu().numpy() for level in previous or ()}
-    for k in sorted(set(args.num_cluster))[rank::world]:
+    start = {len(level.centroids): level.centroids.cpu().numpy() for level in previous or ()}
+    found, granularities = {}, sorted(set(args.num_cluster))
+    for k in granularities[rank::world]:
         warm = {"niter": 10, "init": [start[k]]} if k in start else {}
         (found[k],) = run_kmeans(features, [k], args.temperature, args.seed + epoch, **warm)
-    for others in distributed.all_gather_objects(found):
-        found |= others
+    for i, k in enumerate(granularities):
+        level = found.setdefault(k, Clusters.empty(n, k, features.shape[1]))
+        for tensor in level:
+            distributed.broadcast(tensor, source=i % world)
     if rank == 0 and is_milestone(epoch, args):
         draw_prototypes(Path(args.exp_dir) / "prototypes.png", images, features, found[args.num_cluster[0]])
     return [found[k].to(args.device) for k in args.num_cluster]
@@ -150,7 +152,8 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
             keys = directory / "features" / "keys"
             clear_features(keys, first=run.step * args.batch_size)
         if epoch in (first, args.warmup):
-            forward = distributed.data_parallel(model, epoch < args.warmup and args.cluster_head != "none")
+            unused = model.cluster_head_parameters() if epoch < args.warmup else ()
+            forward = distributed.data_parallel(model, unused)
         sampler.set_epoch(epoch, run.step)
         datasets.train.set_epoch(epoch)
         start = time.time()
@@ -158,8 +161,8 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
         run.seconds += time.time() - start
         run.totals = sum(distributed.all_gather_objects(run.totals)) / world
         stop.exit_if_received(save)
-        for buffer in model.buffers() if world > 1 else ():  # running statistics: the first rank's, on every rank
-            dist.broadcast(buffer, 0)
+        for buffer in model.buffers():  # running statistics: the first rank's, on every rank
+            distributed.broadcast(buffer)
 
         due = is_milestone(epoch, args) or distributed.broadcast_object(time.time() - saved > SAVE_EVERY)
         if due:
@@ -170,13 +173,14 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
             stop.exit_if_received(save)
         if epoch + 1 >= args.warmup and not last:
             next_clusters = e_step(model, datasets.plain, run.clusters, epoch + 1, args, keys)
-        means = zip(("loss", "acc_inst", "acc_proto", "grad_norm"), (run.totals / steps).tolist(), strict=True)
-        row = {"epoch": epoch, **dict(means), "lr": learning_rate(epoch + 1 - 1 / steps, args)}
+        means = dict(zip(FIGURES, (run.totals / steps).tolist(), strict=True))
+        row = {"epoch": epoch, "loss": means["loss_inst"] + means["loss_proto"], **means}
+        row |= {"lr": learning_rate(epoch + 1 - 1 / steps, args)}
         row |= {"images_per_second": steps * args.batch_size / run.seconds, "skipped": run.skipped, "knn": knn}
         run.log.append(row)
         if rank == 0:
-            write_log(directory, board, run.log, run.knn_untrained)
-        run.epoch, run.step, run.totals, run.seconds, run.clusters = epoch + 1, 0, torch.zeros(4), 0.0, next_clusters
+            write_log(directory, board, run.log, run.knn_untrained, args)
+        run.epoch, run.step, run.totals, run.seconds, run.clusters = epoch + 1, 0, torch.zeros(5), 0.0, next_clusters
         if due:
             save(copy=f"checkpoint_{epoch:04d}.pth.tar" if is_milestone(epoch, args) else None)
             saved = time.time()
@@ -188,12 +192,13 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
 
 def sync(pending, scaler, run, args, keys):
     """Take over what the `pending` steps, of which `run.step` - 1 is the last, have left on the device; empty the list.
-    pending: of each step its samples' positions (N,), their features to cluster (N, D), and its loss, two accuracies
-    and gradient norm (4,). Ends the program where a loss is not finite, or a gradient, unless a gradient scaler is at
-    work and it is one of few in a row."""
+    pending: of each step its samples' positions (N,), their features to cluster (N, D), and its FIGURES (5,). Ends the
+    program where a loss is not finite, or a gradient, unless a gradient scaler is at work and it is one of few in a
+    row."""
     first, allowed = run.step - len(pending), MAX_SKIPPED if scaler.is_enabled() else 0
     for step, (*_, figures) in enumerate(pending, first):
-        loss, *_, norm = figures = figures.cpu()  # the host waits for the device here
+        loss_inst, loss_proto, *_, norm = figures = figures.cpu()  # the host waits for the device here
+        loss = loss_inst + loss_proto
         overflow = not math.isfinite(norm)  # with a scaler, a step that was skipped
         run.skipped += overflow
         run.skipped_in_a_row = run.skipped_in_a_row + 1 if overflow else 0
@@ -220,7 +225,7 @@ def held_out_knn(model, datasets, args):
             share = extract_features(plain_loader(images, some, args), lambda x: network(normalize(x)), args.device)
         features, index = map(torch.cat, zip(*distributed.all_gather_objects(share), strict=True))  # (n, D), (n,)
         labels = images.labels[index]
-        labelled += features[labels >= 0], labels[labels >= 0]
+        labelled += features[labels >= 0].to(args.device), labels[labels >= 0].to(args.device)
     return distributed.broadcast_object(knn_accuracy(*labelled) if get_rank_and_world()[0] == 0 else None)
 
 
@@ -259,6 +264,8 @@ def build_optimizer(model, args):
     if args.optim == "sgd":
         parameters = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.wd)
+    from timm.optim import create_optimizer_v2  # takes a second to import
+
     extra = {"lamb": {"max_grad_norm": None}, "lars": {"momentum": args.momentum}}.get(args.optim, {})
     return create_optimizer_v2(model, args.optim, lr=args.lr, weight_decay=args.wd, **extra)
 
@@ -365,7 +372,13 @@ def get_parser():
     add("--amp-dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 where the device has it, else fp16")
 
     add = parser.add_argument_group("run").add_argument
-    add("--exp-dir", default="experiment_pcl", metavar="DIR", help="where checkpoints and logs go")
+    add(
+        "--exp-dir",
+        metavar="DIR",
+        help="where checkpoints and logs go; default: experiment_pcl, or _2, _3, ... if taken",
+    )
+    add("--overwrite", action="store_true", help="remove the run that --exp-dir holds, and start anew")
+    add("--config", metavar="FILE", help="another run's args.json, to take its arguments; default: none; flags win")
     add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, or from the latest in --exp-dir if any")
     add("--seed", type=cli.nonnegative_int, default=0, help="the same seed on the same machine: the same weights")
     add("--knn-every", type=cli.positive_int, help="epochs between kNN accuracies; default: a twentieth of --epochs")
@@ -375,16 +388,23 @@ def get_parser():
 # -- a run --------------------------------------------------------------------------------------------------------
 def main(argv=None):
     """Train, and return the figures of every epoch: a list of {column of log.csv: value}."""
-    args = get_parser().parse_args(argv)
+    parser = get_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if args.config:
+        args = parser.parse_args([*cli.config_arguments(args.config, parser), *argv])
     with cli.errors_in_one_line(DataError):
-        return build_and_train(args, Path(args.exp_dir))
+        return build_and_train(args)
 
 
-def build_and_train(args, directory):
+def build_and_train(args):
     device = distributed.init_distributed()
     rank, world = get_rank_and_world()
+    directory = distributed.broadcast_object(checkpoint.choose_directory(args.exp_dir, args.resume))
+    args.exp_dir = str(directory)
     augmentation = {name: getattr(args, name) for name in AUGMENTATION}
-    datasets = build_datasets(args.data, args.image_size, args.seed, **augmentation)
+    with distributed.main_process_first():  # for the others may find what it has downloaded
+        datasets = build_datasets(args.data, args.image_size, args.seed, **augmentation)
     args = fill_in_defaults(args, datasets, world, device)
     check(args, len(datasets.train), world)
     datasets = load_into_memory(datasets, device)
@@ -400,17 +420,22 @@ def build_and_train(args, directory):
     run = RunState(data=datasets.fingerprint)
 
     with checkpoint.lock(directory), distributed.StopSignals() as stop:
-        path = distributed.broadcast_object(checkpoint.find(args.resume, directory))
+        found = checkpoint.find(directory, args.resume, args.overwrite) if rank == 0 else None
+        path = distributed.broadcast_object(found)
+        changes = {}
         if path is not None:
-            checkpoint.restore(checkpoint.read(path), run, model, optimizer, scaler, args)
+            changes = checkpoint.restore(checkpoint.read(path), run, model, optimizer, scaler, args)
             run.clusters = run.clusters and [Clusters(*level).to(device) for level in run.clusters]
-            print_main(f"resumed at epoch {run.epoch}, step {run.step}")
+            print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
+            if run.epoch >= args.epochs:
+                print_main(f"{directory} holds a finished run of {run.epoch} epochs: nothing is left to do")
+                return run.log
         if rank == 0:
-            checkpoint.write_atomically(directory / "args.json", json.dumps(vars(args), indent=2).encode())
+            checkpoint.write_args(directory, args, run, changes)
         print_main(
             f"{args.data or 'digits'}: {len(datasets.train)} training images, {len(datasets.val or ())} held out, "
             f"{len(datasets.classes)} classes, {args.image_size} pixels, "
-            f"{'kept in memory' if in_memory else 'read as needed'}; on {world} x {device}"
+            f"{'kept in memory' if in_memory else 'read as needed'}; on {world} x {device}; in {directory}"
         )
         print_main(", ".join(f"{name} {getattr(args, name)}" for name in SIZES))
         if args.warmup >= args.epochs:
@@ -421,7 +446,7 @@ def build_and_train(args, directory):
     row, done, minutes = run.log[-1], len(run.log), (time.time() - start) / 60
     knn = "" if row["knn"] is None else f", kNN accuracy {row['knn']:.1f} % (untrained {run.knn_untrained:.1f} %)"
     print_main(f"reached loss {row['loss']:.3f}{knn} after {done} epochs, {done - first} in {minutes:.1f} minutes")
-    print_main("next: python eval_lincls.py" + f" --exp-dir {directory}" * (args.exp_dir != "experiment_pcl"))
+    print_main(f"next: python eval_lincls.py --exp-dir {directory}")
     return run.log
 
 

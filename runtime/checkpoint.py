@@ -3,17 +3,28 @@
 import contextlib
 import dataclasses
 import io
+import itertools
+import json
+import math
 import os
+import platform
+import shutil
 import zipfile
 from pathlib import Path
 
+import faiss
 import filelock
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from runtime.cli import fail
-from runtime.distributed import RESTARTS, get_rank_and_world
+from runtime.distributed import RESTARTS, get_rank_and_world, print_main
+
+OF_THE_MOMENT = ("exp_dir", "resume", "overwrite", "config", "device", "workers", "knn_every")  # no part of a run
+FIXED = ("arch", "stem", "image_size", "low_dim", "mlp", "cluster_head", "pcl_r", "optim")
+FIXED_WITHIN_EPOCH = ("batch_size", "num_cluster")
+FIGURES = ("loss_inst", "loss_proto", "acc_inst", "acc_proto", "grad_norm")  # of every step
 
 
 @dataclasses.dataclass
@@ -26,7 +37,7 @@ class RunState:
     clusters: list | None = None  # one Clusters per granularity, for the epoch under way; None: none yet
     log: list = dataclasses.field(default_factory=list)  # a row of figures per completed epoch
     knn_untrained: float | None = None  # kNN accuracy before the first step
-    totals: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(4))  # figures, summed over the steps
+    totals: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(5))  # FIGURES, summed over the steps
     seconds: float = 0.0  # spent on the steps of the epoch under way
     skipped: int = 0  # steps that the gradient scaler has left out
     skipped_in_a_row: int = 0
@@ -82,38 +93,80 @@ def save(directory, run, model, optimizer, scaler, args, copy=None):
             write_atomically(directory / name, file.getbuffer())
 
 
-def find(resume, directory):
-    """The checkpoint to go on from: what --resume says, the latest if torchrun has restarted us; None for a new run."""
+def choose_directory(exp_dir, resume):
+    """The run's directory: --exp-dir or, where none is named, the next free experiment_pcl, experiment_pcl_2, ... for a
+    new run, the newest of them for one that goes on (`resume` is not None)."""
+    if exp_dir is not None:
+        return Path(exp_dir)
+    names = (Path("experiment_pcl" + (f"_{i}" if i > 1 else "")) for i in itertools.count(1))
+    taken = list(itertools.takewhile(Path.exists, names))
+    goes_on = resume is not None or RESTARTS
+    return taken[-1] if taken and goes_on else Path("experiment_pcl" + (f"_{len(taken) + 1}" if taken else ""))
+
+
+def find(directory, resume, overwrite):
+    """The checkpoint to go on from: what --resume says, the latest if torchrun has restarted us; None for a new run.
+    Ends the program in one line where a new run would destroy another one's, unless `overwrite`, which removes it."""
+    latest = directory / "checkpoint.pth.tar"
     if resume and not RESTARTS:
         return Path(resume)
-    latest = directory / "checkpoint.pth.tar"
-    return latest if (resume is not None or RESTARTS) and latest.exists() else None
+    if not latest.exists():
+        return None
+    if resume is not None or RESTARTS:
+        return latest
+    old = read(latest)
+    begun = old.get("epoch") or old.get("run", {}).get("step")  # a run that stopped before its first step is none
+    if begun and not overwrite:
+        where = f"holds a run at epoch {old['epoch']} of {old.get('args', {}).get('epochs')}"
+        fail(f"{directory} {where}; go on with --resume, clear it with --overwrite, or name another --exp-dir")
+    for pattern in ("checkpoint*.pth.tar", "args.json", "log.csv", "prototypes.png", "events.out.tfevents.*"):
+        for path in directory.glob(pattern):
+            path.unlink()
+    shutil.rmtree(directory / "features", ignore_errors=True)
+    return None
 
 
 def restore(checkpoint, run, model, optimizer, scaler, args):
     """Bring `run`, the model, the optimizer and the scaler to where a checkpoint of `save` stands.
-    Ends the program in one line where it does not fit them or the arguments."""
-    state = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
+    Returns the arguments that are not those it was made with, {name: [then, now]}, and prints them. Ends the program in
+    one line where it does not fit them, or an argument differs that cannot change."""
     try:
-        model.load_state_dict(state)
+        stored, before = checkpoint["run"], checkpoint["args"]
+        now = {name: value for name, value in vars(args).items() if name in before and name not in OF_THE_MOMENT}
+        changes = {name: [before[name], value] for name, value in now.items() if before[name] != value}
+        fixed = FIXED + (FIXED_WITHIN_EPOCH if stored["step"] else ())
+        refused = [f"{name} {then} -> {value}" for name, (then, value) in changes.items() if name in fixed]
+        if refused:
+            fail(f"the checkpoint's {', '.join(refused)} cannot change; give the flags it was made with")
+        model.load_state_dict({name.removeprefix("module."): x for name, x in checkpoint["state_dict"].items()})
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        stored = checkpoint["run"]
         kinds = {name: type(value) for name, value in vars(run).items() if value is not None}
         shapes = [(value, p) for p, state in optimizer.state.items() for value in state.values() if value.dim()]
+        shapes += [(stored["totals"], run.totals)]
         if any(type(stored[n]) is not k for n, k in kinds.items()) or any(v.shape != p.shape for v, p in shapes):
             raise ValueError
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        fail(
-            f"the checkpoint (a {checkpoint['arch']}) does not fit {args.arch}, --cluster-head {args.cluster_head}, "
-            f"--optim {args.optim} and the sizes worked out; give the flags it was made with ({type(error).__name__})"
-        )
+        fail(f"the checkpoint is not one that this run can go on from ({type(error).__name__}); name another file")
     if stored["data"] != run.data:
         fail("the training images are not those that the checkpoint was trained on; restore them, or start a new run")
-    batch_size = checkpoint.get("args", {}).get("batch_size")
-    if stored["step"] and args.batch_size != batch_size:
-        fail(f"the checkpoint stands in the middle of an epoch; go on with its --batch-size {batch_size}")
     vars(run).update({name: stored[name] for name in vars(run)})
+    for name, (then, value) in changes.items():
+        print_main(f"{name} {then} -> {value}")
+    return changes
+
+
+def write_args(directory, args, run, changes):
+    """Write args.json: the arguments and, under "parts", what each part of the run, from a start to its end, ran on."""
+    try:
+        parts = json.loads((directory / "args.json").read_text())["parts"] if run.epoch or run.step else []
+    except (OSError, ValueError, KeyError, TypeError):  # lost or edited: what is known goes on
+        parts = []
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "faiss": faiss.__version__}
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    ran_on = versions | {"device": device, "threads": torch.get_num_threads(), "world": get_rank_and_world()[1]}
+    parts.append({"epoch": run.epoch, "step": run.step, "changed": changes} | ran_on)
+    write_atomically(directory / "args.json", json.dumps(vars(args) | {"parts": parts}, indent=2).encode())
 
 
 def read(path):
@@ -142,18 +195,17 @@ def _tensors_in(value):
             yield from _tensors_in(part)
 
 
-def write_log(directory, board, rows, knn_untrained):
+def write_log(directory, board, rows, knn_untrained, args):
     """Print the last of `rows`, a dict of figures per epoch, hand it to TensorBoard, write log.csv; warn of a leak.
     board: a SummaryWriter. knn_untrained: the kNN accuracy before the first step, or None."""
-    row, line = rows[-1], "epoch {epoch:3d}  loss {loss:.3f}  acc_inst {acc_inst:5.1f}  acc_proto {acc_proto:5.1f}"
-    line = (line + "  lr {lr:.4f}  {images_per_second:.0f} images/s").format(**row)
-    line += f"  {row['skipped']} steps skipped" if row["skipped"] else ""
+    row, line = rows[-1], "epoch {epoch:3d}  loss_inst {loss_inst:.3f}  loss_proto {loss_proto:.3f}"
+    line += "  acc_inst {acc_inst:5.1f}  acc_proto {acc_proto:5.1f}  lr {lr:.4f}  {images_per_second:.0f} images/s"
+    line = line.format(**row) + (f"  {row['skipped']} steps skipped" if row["skipped"] else "")
     line += "" if row["knn"] is None else f"  kNN {row['knn']:.1f}"
     if leaking(rows, knn_untrained):
         line += (
-            f"\nwarning: acc_inst is {row['acc_inst']:.1f} % but kNN accuracy does not follow ({row['knn']:.1f} %): "
-            "the query finds its key by something other than what the image shows. Most often batch-norm statistics "
-            "tell which key belongs to which query; raise --bn-splits"
+            f"\nwarning: acc_inst is {row['acc_inst']:.1f} % but kNN accuracy does not follow ({row['knn']:.1f} %). "
+            f"What to try, the likeliest first: {'; '.join(remedies(row, args))}"
         )
     print(line, flush=True)
     for name, value in row.items():
@@ -161,6 +213,18 @@ def write_log(directory, board, rows, knn_untrained):
             board.add_scalar(name, value, row["epoch"])
     table = [row, *(["" if v is None else f"{v:.6g}" for v in row.values()] for row in rows)]
     write_atomically(directory / "log.csv", "".join(f"{','.join(cells)}\n" for cells in table).encode())
+
+
+def remedies(row, args):
+    """What may lift acc_inst without better features, as remedies: the one that the run's figures point to first."""
+    chance = math.log(args.pcl_r + 1)  # the loss where all logits are equal
+    weak = not args.color_jitter or not args.grayscale or args.crop_min > 0.5
+    found = [
+        (f"a lower --lr (loss_inst {row['loss_inst']:.2f}, that of one point for all)", row["loss_inst"] > chance / 2),
+        ("a stronger augmentation (--crop-min, --color-jitter, --grayscale), as the two views are too alike", weak),
+        ("more --bn-splits, as batch-norm statistics tell which key belongs to which query", args.bn_splits == 1),
+    ]
+    return [remedy for remedy, likely in sorted(found, key=lambda pair: not pair[1])]
 
 
 def leaking(rows, knn_untrained):

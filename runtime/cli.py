@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import errno
+import json
 import math
 import sys
 from pathlib import Path
@@ -46,22 +48,51 @@ def int_list(text):
     return [positive_int(number) for number in text.split(",")]
 
 
+def config_arguments(path, parser):
+    """The arguments in another run's args.json, as a command line for `parser` that the user's own can follow."""
+    try:
+        stored = json.loads(Path(path).read_text())
+        words = []
+        for action in parser._actions:
+            value = stored.get(action.dest)
+            off = value is False and not isinstance(action, argparse.BooleanOptionalAction)  # has no flag to say so
+            if value is None or off or action.dest in ("exp_dir", "resume", "overwrite", "config"):
+                continue
+            if not action.option_strings:
+                parser.set_defaults(**{action.dest: value})  # data: a second one on the command line would not parse
+            elif isinstance(value, bool):
+                words.append(action.option_strings[0 if value else -1])
+            elif action.nargs == "*":
+                words[:0] = [action.option_strings[-1], *map(str, value)]  # first, as it takes all words up to a flag
+            else:
+                text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                words.append(f"{action.option_strings[-1]}={text}")
+        return words
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        fail(f"{path} is not the args.json of a run ({type(error).__name__})")
+
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+PEER_IS_GONE = ("by peer", "remote process", "remoteerror", "broken pipe", "timeout", "timed out", "connection refused")
+
+
 @contextlib.contextmanager
 def errors_in_one_line(data_error):
-    """As a context: errors of the data (`data_error`, status 2), the disk or another process (1) end the program."""
+    """As a context: errors of the data (`data_error`, status 2), a full disk or a dead peer (1) end the program."""
     try:
         yield
     except data_error as error:
         fail(format_error(error))
     except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
         fail(f"{format_error(error)}; what was saved before is whole: make room, and go on with --resume", 1)
     except RuntimeError as error:
-        if not dist.is_initialized() or not any(word in str(error).lower() for word in ("gloo", "nccl")):
+        if not dist.is_initialized() or not any(sign in str(error).lower() for sign in PEER_IS_GONE):
             raise
         fail(f"another process of this run has ended; go on with --resume ({format_error(error)})", 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # at a good end only: after an error of one rank, nccl's shutdown can hang
+        dist.destroy_process_group()
 
 
 def format_error(error):

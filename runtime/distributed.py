@@ -1,5 +1,6 @@
 """Processes and ranks, and the signals that ask a run to end. Everything here works for one process alone, too."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -43,12 +44,29 @@ def print_main(text):
         print(text, flush=True)
 
 
+@contextlib.contextmanager
+def main_process_first():
+    """As a context: the first rank runs the body alone, such as a download, and then the others do."""
+    rank, world = get_rank_and_world()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
 def broadcast_object(value):
     """The first rank's `value`, on every rank."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, 0)
     return values[0]
+
+
+def broadcast(tensor, source=0):
+    """Make `tensor`, on every rank, that of rank `source`."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, source)
 
 
 def all_gather_objects(value):
@@ -60,15 +78,14 @@ def all_gather_objects(value):
     return values
 
 
-def data_parallel(model, find_unused):
+def data_parallel(model, unused=()):
     """`model` as the training loop calls it: where there are several processes, they average their gradients.
-    find_unused: some parameters get no gradient; searching for them costs time."""
+    unused: names of parameters that get no gradient; to search for them in every step would cost time."""
     if not dist.is_initialized():
         return model
+    model._ddp_params_and_buffers_to_ignore = list(unused)  # as DistributedDataParallel reads it
     device_ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    parallel = DistributedDataParallel(
-        model, device_ids, find_unused_parameters=find_unused, gradient_as_bucket_view=True
-    )
+    parallel = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
     parallel.broadcast_buffers = False  # main_pcl.py makes them equal once an epoch
     return parallel
 
@@ -100,6 +117,8 @@ class StopSignals:
         """Where some rank has got a signal, call `save` and end the program with 128 + the signal's number."""
         if self.received_by_any():
             save()
+            if dist.is_initialized():  # torchrun ends the others soon after the first has left
+                dist.barrier()
             if get_rank_and_world()[0] == 0:
                 print("\nstopped by a signal; the same command with --resume goes on from here", file=sys.stderr)
             raise SystemExit(128 + self.received)

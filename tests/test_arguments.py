@@ -67,7 +67,8 @@ def defaults(n, image_size, *flags, world=1):
     before = dict(vars(args))
     final = main_pcl.fill_in_defaults(args, datasets, world, "cpu")
     assert vars(args) == before  # a new one comes back
-    assert [name for name, value in vars(final).items() if value is None] == ["data", "clip_grad", "resume"]
+    left_open = ["data", "clip_grad", "exp_dir", "config", "resume"]
+    assert [name for name, value in vars(final).items() if value is None] == left_open
     return vars(final)
 
 

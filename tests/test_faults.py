@@ -138,7 +138,7 @@ def test_a_signal_finishes_the_step_saves_and_ends(folder, tmp_path, whole, monk
             run(*options)
         assert stop.value.code == 128 + number and "--resume" in capfd.readouterr().err
         assert position(tmp_path) == where
-    assert "go on with its --batch-size 8" in fails(capfd, main_pcl.main, *options, "-b", 12)
+    assert "batch_size 8 -> 12 cannot change" in fails(capfd, main_pcl.main, *options, "-b", 12)
     run(*options)
     assert len(calls) == 24  # no step was taken twice
     assert_same(whole, weights(tmp_path))

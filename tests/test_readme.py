@@ -21,7 +21,7 @@ SNIPPETS = [text for language, text in BLOCKS if language == "python"]
 BASH = "\n".join(text for language, text in BLOCKS if language == "bash").replace("\\\n", " ")
 LINES = BASH.replace("&&", "\n").splitlines()
 COMMANDS = [shlex.split(line, comments=True) for line in LINES if line.strip()]
-SHORT = [*TINY, "--epochs", "2", "--warmup", "1"]
+SHORT = [*TINY, "--epochs", "2", "--warmup", "1", "--image-size", "8", "--overwrite"]  # alternatives share a directory
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -41,11 +41,11 @@ def test_the_commands_run_in_the_readmes_order(folder, tmp_path, monkeypatch):
             one_node = {"--nproc_per_node=8": "--nproc_per_node=2", "--nnodes=2": "--nnodes=1"}
             one_node |= {"--rdzv_endpoint=HOST:29500": "--rdzv_endpoint=localhost:0"}
             arguments = [str(ROOT / a) if a.endswith(".py") else one_node.get(a, a) for a in arguments]
-            command = [sys.executable, "-m", "torch.distributed.run", *arguments, *SHORT, "--image-size", "8"]
+            command = [sys.executable, "-m", "torch.distributed.run", *arguments, *SHORT]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             assert done.returncode == 0, done.stderr[-2000:]
         elif program == "python" and arguments[0] == "main_pcl.py":
-            assert len(main_pcl.main([*arguments[1:], *SHORT, "--image-size", "8"])) == 2
+            assert len(main_pcl.main([*arguments[1:], *SHORT])) == 2
         elif program == "python":
             assert arguments[0] in ("eval_lincls.py", "benchmarks/bench.py")
             if arguments[0] == "eval_lincls.py":
