@@ -38,7 +38,7 @@ def get_parser():
         metavar="DIR",
         help="the run whose last checkpoint is evaluated; default: the newest experiment_pcl",
     )
-    add("--pretrained", metavar="FILE", help="a checkpoint instead, of this project or of published MoCo or PCL")
+    add("--pretrained", metavar="FILE", help="a checkpoint of this project, MoCo or PCL; default: that of --exp-dir")
     add("--augment", action="store_true", help="the published probe: random crops through the backbone, every epoch")
     add("--epochs", type=cli.positive_int, default=100, help="of the probe; the rate drops x0.1 at 60 %% and 80 %%")
     add("--lr", type=cli.positive_float, default=30.0, help="of the linear probe: 30 in MoCo, 5 in PCL")

@@ -108,7 +108,9 @@ def e_step(model, images, previous, epoch, args, keys=None):
         plain = plain_loader(images, missing, args)
         compute_features(plain, lambda x: model.encode(normalize(x)), directory, args.device)
     if rank == 0:
-        read_features(directory, n, file, features)
+        _, left = read_features(directory, n, file, features)
+        if len(lost := np.intersect1d(missing, left)):
+            raise RuntimeError(f"{directory} lacks the features of {len(lost)} images that were just saved there")
         del features  # closes the file
     distributed.broadcast_object(None)  # the others wait for the first rank
     features = np.load(file, mmap_mode="c")  # (n, D), on the disk; "r" makes torch warn
@@ -379,7 +381,7 @@ def get_parser():
     )
     add("--overwrite", action="store_true", help="remove the run that --exp-dir holds, and start anew")
     add("--config", metavar="FILE", help="another run's args.json, to take its arguments; default: none; flags win")
-    add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, or from the latest in --exp-dir if any")
+    add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE or the latest in --exp-dir; default: a new run")
     add("--seed", type=cli.nonnegative_int, default=0, help="the same seed on the same machine: the same weights")
     add("--knn-every", type=cli.positive_int, help="epochs between kNN accuracies; default: a twentieth of --epochs")
     return parser

@@ -88,7 +88,7 @@ def save(directory, run, model, optimizer, scaler, args, copy=None):
     }
     file = io.BytesIO()
     torch.save(checkpoint, file)
-    for name in ("checkpoint.pth.tar", copy):
+    for name in (copy, "checkpoint.pth.tar"):  # in this order, or a kill in between would leave the copy out for good
         if name is not None:
             write_atomically(directory / name, file.getbuffer())
 
@@ -131,7 +131,7 @@ def restore(checkpoint, run, model, optimizer, scaler, args):
     Returns the arguments that are not those it was made with, {name: [then, now]}, and prints them. Ends the program in
     one line where it does not fit them, or an argument differs that cannot change."""
     try:
-        stored, before = checkpoint["run"], checkpoint["args"]
+        stored, before = {name: checkpoint["run"][name] for name in vars(run)}, checkpoint["args"]
         now = {name: value for name, value in vars(args).items() if name in before and name not in OF_THE_MOMENT}
         changes = {name: [before[name], value] for name, value in now.items() if before[name] != value}
         fixed = FIXED + (FIXED_WITHIN_EPOCH if stored["step"] else ())
@@ -146,11 +146,13 @@ def restore(checkpoint, run, model, optimizer, scaler, args):
         shapes += [(stored["totals"], run.totals)]
         if any(type(stored[n]) is not k for n, k in kinds.items()) or any(v.shape != p.shape for v, p in shapes):
             raise ValueError
+        if any(len([tensor.shape for tensor in level]) != 3 for level in stored["clusters"] or ()):
+            raise ValueError
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         fail(f"the checkpoint is not one that this run can go on from ({type(error).__name__}); name another file")
     if stored["data"] != run.data:
         fail("the training images are not those that the checkpoint was trained on; restore them, or start a new run")
-    vars(run).update({name: stored[name] for name in vars(run)})
+    vars(run).update(stored)
     for name, (then, value) in changes.items():
         print_main(f"{name} {then} -> {value}")
     return changes

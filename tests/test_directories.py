@@ -77,6 +77,18 @@ def test_what_differs_on_resuming_is_named_and_what_cannot_change_refused(folder
     assert stored["parts"][1]["torch"] == torch.__version__ and stored["parts"][1]["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.parametrize("clusters", [..., 1, [1], [(1, 2, 3)], [(torch.zeros(1), torch.zeros(1))]])
+def test_a_malformed_state_of_a_run_gets_one_line(folder, tmp_path, capsys, clusters):
+    run(folder, *TINY, "--epochs", 1, "--exp-dir", tmp_path)
+    checkpoint = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
+    checkpoint["run"]["clusters"] = clusters
+    if clusters is ...:
+        del checkpoint["run"]["clusters"]
+    torch.save(checkpoint, tmp_path / "bad.pth.tar")
+    again = [folder, *TINY, "--epochs", 2, "--exp-dir", tmp_path / "new", "--resume", tmp_path / "bad.pth.tar"]
+    assert "is not one that this run can go on from" in fails(capsys, main_pcl.main, *again)
+
+
 def test_within_an_epoch_the_number_of_clusters_has_to_stay(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main_pcl.distributed.StopSignals, "received_by_any", lambda self: True)
     with pytest.raises(SystemExit):
