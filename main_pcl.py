@@ -381,7 +381,7 @@ def get_parser():
     )
     add("--overwrite", action="store_true", help="remove the run that --exp-dir holds, and start anew")
     add("--config", metavar="FILE", help="another run's args.json, to take its arguments; default: none; flags win")
-    add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE or the latest in --exp-dir; default: a new run")
+    add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE or the latest here; default: a new run")
     add("--seed", type=cli.nonnegative_int, default=0, help="the same seed on the same machine: the same weights")
     add("--knn-every", type=cli.positive_int, help="epochs between kNN accuracies; default: a twentieth of --epochs")
     return parser
