@@ -430,6 +430,7 @@ def build_and_train(args):
             run.clusters = run.clusters and [Clusters(*level).to(device) for level in run.clusters]
             print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
             if run.epoch >= args.epochs:
+                shutil.rmtree(directory / "features", ignore_errors=True)  # of a kill at the very end
                 print_main(f"{directory} holds a finished run of {run.epoch} epochs: nothing is left to do")
                 return run.log
         if rank == 0:
