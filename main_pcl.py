@@ -16,7 +16,6 @@ import functools
 import math
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -154,8 +153,7 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
             keys = directory / "features" / "keys"
             clear_features(keys, first=run.step * args.batch_size)
         if epoch in (first, args.warmup):
-            unused = model.cluster_head_parameters() if epoch < args.warmup else ()
-            forward = distributed.data_parallel(model, unused)
+            forward = distributed.data_parallel(model, model.cluster_head_parameters() if epoch < args.warmup else ())
         sampler.set_epoch(epoch, run.step)
         datasets.train.set_epoch(epoch)
         start = time.time()
@@ -175,8 +173,8 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
             stop.exit_if_received(save)
         if epoch + 1 >= args.warmup and not last:
             next_clusters = e_step(model, datasets.plain, run.clusters, epoch + 1, args, keys)
-        means = dict(zip(FIGURES, (run.totals / steps).tolist(), strict=True))
-        row = {"epoch": epoch, "loss": means["loss_inst"] + means["loss_proto"], **means}
+        means = (run.totals / steps).tolist()
+        row = {"epoch": epoch, "loss": means[0] + means[1], **dict(zip(FIGURES, means, strict=True))}
         row |= {"lr": learning_rate(epoch + 1 - 1 / steps, args)}
         row |= {"images_per_second": steps * args.batch_size / run.seconds, "skipped": run.skipped, "knn": knn}
         run.log.append(row)
@@ -194,9 +192,8 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
 
 def sync(pending, scaler, run, args, keys):
     """Take over what the `pending` steps, of which `run.step` - 1 is the last, have left on the device; empty the list.
-    pending: of each step its samples' positions (N,), their features to cluster (N, D), and its FIGURES (5,). Ends the
-    program where a loss is not finite, or a gradient, unless a gradient scaler is at work and it is one of few in a
-    row."""
+    pending: of each step its samples' positions (N,), features to cluster (N, D) and FIGURES (5,). Ends the program at
+    a loss that is not finite, or a gradient, unless a gradient scaler is at work and it is one of few in a row."""
     first, allowed = run.step - len(pending), MAX_SKIPPED if scaler.is_enabled() else 0
     for step, (*_, figures) in enumerate(pending, first):
         loss_inst, loss_proto, *_, norm = figures = figures.cpu()  # the host waits for the device here
@@ -390,11 +387,7 @@ def get_parser():
 # -- a run --------------------------------------------------------------------------------------------------------
 def main(argv=None):
     """Train, and return the figures of every epoch: a list of {column of log.csv: value}."""
-    parser = get_parser()
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    if args.config:
-        args = parser.parse_args([*cli.config_arguments(args.config, parser), *argv])
+    args = cli.parse_args(get_parser(), argv)
     with cli.errors_in_one_line(DataError):
         return build_and_train(args)
 
@@ -425,14 +418,14 @@ def build_and_train(args):
         found = checkpoint.find(directory, args.resume, args.overwrite) if rank == 0 else None
         path = distributed.broadcast_object(found)
         changes = {}
-        if path is not None:
+        if path:
             changes = checkpoint.restore(checkpoint.read(path), run, model, optimizer, scaler, args)
             run.clusters = run.clusters and [Clusters(*level).to(device) for level in run.clusters]
             print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
-            if run.epoch >= args.epochs:
-                shutil.rmtree(directory / "features", ignore_errors=True)  # of a kill at the very end
-                print_main(f"{directory} holds a finished run of {run.epoch} epochs: nothing is left to do")
-                return run.log
+        if run.epoch >= args.epochs:
+            shutil.rmtree(directory / "features", ignore_errors=True)  # of a kill at the very end
+            print_main(f"{directory} holds a finished run of {run.epoch} epochs: nothing is left to do")
+            return run.log
         if rank == 0:
             checkpoint.write_args(directory, args, run, changes)
         print_main(

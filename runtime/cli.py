@@ -48,8 +48,15 @@ def int_list(text):
     return [positive_int(number) for number in text.split(",")]
 
 
-def config_arguments(path, parser):
-    """The arguments in another run's args.json, as a command line for `parser` that the user's own can follow."""
+def parse_args(parser, argv=None):
+    """The arguments of the command line or, where it names a --config, of that run, the command line's own winning."""
+    argv = sys.argv[1:] if argv is None else argv
+    config = parser.parse_args(argv).config
+    return parser.parse_args([*(_config_arguments(config, parser) if config else ()), *argv])
+
+
+def _config_arguments(path, parser):
+    """The arguments in another run's args.json, as a command line for `parser`."""
     try:
         stored = json.loads(Path(path).read_text())
         words = []
