@@ -114,11 +114,11 @@ def find(directory, resume, overwrite):
         return None
     if resume is not None or RESTARTS:
         return latest
-    old = read(latest)
-    begun = old.get("epoch") or old.get("run", {}).get("step")  # a run that stopped before its first step is none
-    if begun and not overwrite:
-        where = f"holds a run at epoch {old['epoch']} of {old.get('args', {}).get('epochs')}"
-        fail(f"{directory} {where}; go on with --resume, clear it with --overwrite, or name another --exp-dir")
+    if not overwrite:
+        old = read(latest)
+        if old.get("epoch") or old.get("run", {}).get("step"):  # a run that stopped before its first step is none
+            where = f"holds a run at epoch {old['epoch']} of {old.get('args', {}).get('epochs')}"
+            fail(f"{directory} {where}; go on with --resume, clear it with --overwrite, or name another --exp-dir")
     for pattern in ("checkpoint*.pth.tar", "args.json", "log.csv", "prototypes.png", "events.out.tfevents.*"):
         for path in directory.glob(pattern):
             path.unlink()
