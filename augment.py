@@ -1,7 +1,8 @@
 """The two views of an image: MoCo v2's "aug-plus" in batches, on any device.
 
 MoCo v2 (Chen et al. 2020, arXiv 2003.04297), after SimCLR (arXiv 2002.05709, appendix A). Each image has parameters
-of its own. Cropping, resizing and blurring are products with a matrix for the rows and one for the columns.
+of its own, but a batch one order of its colour operations. Cropping, resizing and blurring are products with a matrix
+for the rows and one for the columns.
 
     random_view = RandomView(32, blur=False)
     im_q, im_k = random_view.two_views(images, RandomView.draw(len(images), seed=0))   # from (N, 3, H, W) uint8
@@ -20,7 +21,7 @@ class RandomView:
     crop_min: smallest area of a crop, as a part of the image's."""
 
     TRIES = 10  # boxes that are tried for one that fits
-    DRAWS = 2 * TRIES + 15  # random numbers per view
+    DRAWS = 2 * TRIES + 15  # random numbers per view; the last four are the order of the colour operations
 
     def __init__(
         self, size, aug_plus=True, crop_min=0.2, color_jitter=True, grayscale=True, blur=True, flip=True, crop=True
@@ -33,7 +34,9 @@ class RandomView:
     @classmethod
     def draw(cls, n, seed):
         """The random numbers (2, n, DRAWS), uniform in 0 to 1, that two views of `n` images take."""
-        return torch.rand(2, n, cls.DRAWS, generator=torch.Generator().manual_seed(seed))
+        draws = torch.rand(2, n, cls.DRAWS, generator=torch.Generator().manual_seed(seed))
+        draws[..., -4:] = draws[0, 0, -4:]  # one order for all
+        return draws
 
     def two_views(self, images, draws):
         """im_q, im_k, each (N, 3, S, S) float32, of images uint8 and draws (2, N, DRAWS).
@@ -43,30 +46,29 @@ class RandomView:
 
     def __call__(self, images, draws):
         """images (N, 3, H, W) uint8, draws (N, DRAWS) on the CPU -> (N, 3, S, S) float32, normalised."""
-        box, factors, order, chance, sigma = draws.split([2 * self.TRIES + 2, 4, 4, 4, 1], 1)
+        box, factors, chance, sigma, order = draws.split([2 * self.TRIES + 2, 4, 4, 1, 4], 1)
         jitter, gray, blur, flip = (chance < self.chances).T
+        factors = ((2 * factors - 1) * self.jitter + torch.tensor([1, 1, 1, 0]))[..., None, None, None]
         x = images.float() / 255
         if self.crop:
             x = resized_crop(x, random_boxes(box, *x.shape[2:], self.crop_min), self.size)
         if not self.aug_plus:  # MoCo v1 drops the colour first
-            apply_where(x, gray, lambda x: luminance(x).expand_as(x))
-        factors = ((2 * factors - 1) * self.jitter + torch.tensor([1, 1, 1, 0])).T[..., None, None, None]
-        for turn in order.argsort(1).T:  # each image has its own order
-            for number, adjust in enumerate((brightness, contrast, saturation, hue)):
-                apply_where(x, jitter & (turn == number), adjust, factors[number])
+            apply_where(x, gray, grayscale)
+        apply_where(x, jitter, color_jitter, factors, order=order[0].argsort().tolist())
         if self.aug_plus:
-            apply_where(x, gray, lambda x: luminance(x).expand_as(x))
+            apply_where(x, gray, grayscale)
         apply_where(x, blur, gaussian_blur, 0.1 + 1.9 * sigma[:, 0])
         apply_where(x, flip, lambda x: x.flip(-1))
         return normalize(x)
 
 
-def apply_where(x, mask, operation, *parameters):
+def apply_where(x, mask, operation, *parameters, **options):
     """Replace the images x[mask] by operation(x[mask], ...); mask and parameters on the CPU, so that nothing waits."""
-    if mask.any():
-        parameters = [parameter[mask].to(x.device, non_blocking=True) for parameter in parameters]
-        rows = mask.nonzero()[:, 0].to(x.device, non_blocking=True)
-        x[rows] = operation(x[rows], *parameters)
+    rows = mask.nonzero()[:, 0]
+    if len(rows):
+        parameters = [parameter[rows].to(x.device, non_blocking=True) for parameter in parameters]
+        rows = rows.to(x.device, non_blocking=True)
+        x[rows] = operation(x[rows], *parameters, **options)
 
 
 def random_boxes(u, height, width, area_min):
@@ -104,7 +106,18 @@ def _resizing(start, length, n, size):
 
 def luminance(x):
     red, green, blue = x.split(1, 1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
+    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def grayscale(x):
+    return luminance(x).expand_as(x)
+
+
+def color_jitter(x, factors, order):
+    """x (N, 3, S, S) with brightness, contrast, saturation and hue changed by factors (N, 4, 1, 1, 1), in `order`."""
+    for number in order:
+        x = (brightness, contrast, saturation, hue)[number](x, factors[:, number])
+    return x
 
 
 def brightness(x, factor):

@@ -79,16 +79,15 @@ def _gpu_resources():
 
 
 def _torch_kmeans(features, k, niter, seed, start, device="cuda"):
-    """The same on `device`, in chunks of features whose distances to all centroids take a gigabyte."""
+    """The same on `device`, with the distances of a gigabyte at a time."""
     rng = np.random.default_rng(seed)
     if start is None:
         start = features[np.sort(rng.choice(len(features), k, replace=False))]
-    centroids = torch.from_numpy(start).to(device)
+    centroids, features = (torch.from_numpy(array).to(device) for array in (start, features))
 
     def nearest():
         half = centroids.square().sum(1) / 2
-        for first in range(0, len(features), max(1, 2**28 // k)):
-            x = torch.from_numpy(features[first : first + max(1, 2**28 // k)]).to(device)  # (n, D)
+        for x in features.split(max(1, 2**28 // k)):  # (n, D)
             distance, number = torch.addmm(half, x, centroids.T, alpha=-1).min(1)  # (n,), half of (x - c)^2 - x^2
             yield x, 2 * distance + x.square().sum(1), number
 

@@ -75,7 +75,7 @@ def train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run,
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+        norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf, foreach=True)
         scaler.step(optimizer)
         scaler.update()
         model.momentum_update_key_encoder()
@@ -262,7 +262,7 @@ def build_optimizer(model, args):
     """The optimizer of --optim. SGD decays all weights, as published; the others spare biases and batch norm."""
     if args.optim == "sgd":
         parameters = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.wd)
+        return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.wd, foreach=True)
     from timm.optim import create_optimizer_v2  # takes a second to import
 
     extra = {"lamb": {"max_grad_norm": None}, "lars": {"momentum": args.momentum}}.get(args.optim, {})

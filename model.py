@@ -10,6 +10,7 @@ MoCo (He et al. 2020, arXiv 1911.05722) with the MLP head of MoCo v2 (arXiv 2003
 """
 
 import copy
+import functools
 import re
 
 import torch
@@ -45,8 +46,9 @@ class WidthResNet(ResNet):
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics are those of `num_splits` groups of consecutive samples.
-    The running statistics move once a step, by the groups' mean. fold: normalise all groups in one call, as channels of
-    their own, which takes a GPU fewer launches but a CPU longer; None: on a GPU."""
+    Its running statistics move when `move_running_statistics` is called, once after each training step's forward pass.
+    fold: normalise all groups in one call, as channels of their own, which takes a GPU fewer launches but a CPU longer;
+    None: on a GPU."""
 
     fold = None
 
@@ -55,26 +57,36 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.num_splits = num_splits
 
     def forward(self, x):
-        if not self.training or self.num_splits == 1:
+        if not self.training:
             return super().forward(x)
-        mean, var = (running.repeat(self.num_splits, 1) for running in (self.running_mean, self.running_var))
-        if x.is_cuda if self.fold is None else self.fold:
-            n, c, h, w = x.shape
-            x = x.permute(0, 2, 3, 1).reshape(self.num_splits, -1, h, w, c).permute(1, 2, 3, 0, 4)
-            x = x.reshape(n // self.num_splits, h, w, -1).permute(0, 3, 1, 2)  # (N / splits, splits * C, H, W)
-            weight, bias = self.weight.repeat(self.num_splits), self.bias.repeat(self.num_splits)
-            x = F.batch_norm(x, mean.view(-1), var.view(-1), weight, bias, True, self.momentum, self.eps)
-            x = x.permute(0, 2, 3, 1).reshape(-1, h, w, self.num_splits, c).permute(3, 0, 1, 2, 4)
-            x = x.reshape(n, h, w, c).permute(0, 3, 1, 2)  # channels last, as it came
-        else:
-            groups = zip(x.chunk(self.num_splits), mean, var, strict=True)
-            scale = self.weight, self.bias, True, self.momentum, self.eps
-            x = torch.cat([F.batch_norm(group, m, v, *scale) for group, m, v in groups])
-        with torch.no_grad():
-            self.running_mean.copy_(mean.mean(0))
-            self.running_var.copy_(var.mean(0))
-            self.num_batches_tracked += 1
-        return x
+        splits, weight, bias, rest = self.num_splits, self.weight, self.bias, (None, None, True, 0, self.eps)
+        self.count = x.numel() // splits // self.num_features  # values that a mean is of
+        if splits > 1 and not (x.is_cuda if self.fold is None else self.fold):
+            groups = [torch.native_batch_norm(group, weight, bias, *rest) for group in x.chunk(splits)]
+            y, *moments = zip(*groups, strict=True)
+            self.moments = [torch.stack(moment) for moment in moments]  # mean and 1 / standard deviation (splits, C)
+            return torch.cat(y)
+        if splits > 1:
+            x, weight, bias = torch.cat(x.chunk(splits), 1), weight.repeat(splits), bias.repeat(splits)
+        y, *moments = torch.native_batch_norm(x, weight, bias, *rest)  # of (N / splits, splits * C, H, W)
+        self.moments = [moment.view(splits, -1) for moment in moments]
+        return torch.cat(y.chunk(splits, 1)) if splits > 1 else y
+
+
+@torch.no_grad()
+def move_running_statistics(norms):
+    """Move the running statistics of SplitBatchNorm2d modules, where in training, by their last batch's, as the mean
+    over its groups. All modules at once, as a call for each would cost a GPU more than its arithmetic."""
+    norms = [norm for norm in norms if norm.training]
+    if not norms:
+        return
+    mean, rstd = (torch.cat(moments, 1) for moments in zip(*(norm.moments for norm in norms), strict=True))
+    sizes, counts = [norm.num_features for norm in norms], [norm.count for norm in norms]
+    variance = rstd.pow(-2).mean(0).sub_(norms[0].eps).split(sizes)  # with / n
+    torch._foreach_mul_(variance, [n / (n - 1) for n in counts])  # with / (n - 1)
+    torch._foreach_lerp_([norm.running_mean for norm in norms], mean.mean(0).split(sizes), norms[0].momentum)
+    torch._foreach_lerp_([norm.running_var for norm in norms], variance, norms[0].momentum)
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 
 def build_encoder(arch, num_classes=128, small_images=False, norm_layer=None):
@@ -109,7 +121,7 @@ class MoCo(nn.Module):
         super().__init__()
         self.cluster_head, self.bn_splits = cluster_head, bn_splits
         self.moving_average = get_ema_multi_avg_fn(m)
-        norm_layer = nn.BatchNorm2d if bn_splits == 1 else lambda width: SplitBatchNorm2d(width, bn_splits)
+        norm_layer = functools.partial(SplitBatchNorm2d, num_splits=bn_splits)
         self.encoder_q = base_encoder(num_classes=dim, norm_layer=norm_layer)
         if mlp:
             dim_mlp = self.encoder_q.fc.in_features
@@ -122,6 +134,7 @@ class MoCo(nn.Module):
             self.b_k = copy.deepcopy(self.b_q).requires_grad_(False)
         elif cluster_head != "none":
             raise ValueError(f"unknown cluster head {cluster_head}; known are none, report and twin")
+        self.norms = [module for module in self.modules() if isinstance(module, SplitBatchNorm2d)]
         self.register_buffer("queue", F.normalize(torch.randn(dim, r), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
@@ -137,6 +150,7 @@ class MoCo(nn.Module):
         with torch.no_grad():
             im_k, own_rows = self.batch_shuffle(im_k)
             z_k = concat_all_gather(self.encoder_k(im_k))[own_rows]  # (N, D), in the order of z_q again
+            move_running_statistics(self.norms)
         q, k = _unit(z_q), _unit(z_k)
         if clustering and self.cluster_head == "report":
             k = _unit(self.v(k))

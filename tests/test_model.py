@@ -8,7 +8,7 @@ import torchvision
 
 from cluster import run_kmeans
 from loss import info_nce, proto_nce
-from model import MoCo, SplitBatchNorm2d, build_encoder
+from model import MoCo, SplitBatchNorm2d, build_encoder, move_running_statistics
 
 
 def make(**kwargs):
@@ -42,6 +42,7 @@ def test_the_running_statistics_of_split_batch_norm_are_those_of_a_group():
     group, norm = 3 * torch.randn(4, 3, 5, 5) + torch.arange(3.0)[:, None, None], SplitBatchNorm2d(3, 4)
     for _ in range(200):
         norm(group.repeat(4, 1, 1, 1))
+        move_running_statistics([norm])
     mean, variance = group.mean((0, 2, 3)), group.var((0, 2, 3))
     torch.testing.assert_close(norm.running_mean, mean)
     torch.testing.assert_close(norm.running_var, variance)
@@ -50,12 +51,15 @@ def test_the_running_statistics_of_split_batch_norm_are_those_of_a_group():
     torch.testing.assert_close(norm(x), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("fold", [False, True])
-def test_the_running_statistics_move_once_a_step_by_the_groups_mean(monkeypatch, fold):
+def test_the_running_statistics_move_once_a_step_by_the_groups_mean(monkeypatch, fold, splits):
     monkeypatch.setattr(SplitBatchNorm2d, "fold", fold)
-    x, norm = 2 * torch.randn(12, 3, 5, 5) + torch.arange(12.0)[:, None, None, None], SplitBatchNorm2d(3, 4)
-    norm(x)
-    groups = x.view(4, 3, 3, 5, 5)
+    x, norm = 2 * torch.randn(12, 3, 5, 5) + torch.arange(12.0)[:, None, None, None], SplitBatchNorm2d(3, splits)
+    other = SplitBatchNorm2d(3, splits)
+    norm(x), other(x[..., :2])
+    move_running_statistics([other, norm])
+    groups = x.view(splits, -1, 3, 5, 5)
     torch.testing.assert_close(norm.running_mean, 0.1 * groups.mean((1, 3, 4)).mean(0))
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * groups.var((1, 3, 4)).mean(0))
     assert norm.num_batches_tracked == 1
@@ -71,6 +75,7 @@ def test_groups_folded_into_channels_are_groups_one_by_one(monkeypatch):
         torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
         y = norm(inputs)
         (y * weight).sum().backward()
+        move_running_statistics([norm])
         assert y.is_contiguous(memory_format=torch.channels_last)
         results.append((y, inputs.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var))
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
