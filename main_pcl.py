@@ -64,6 +64,8 @@ def train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run,
 
         draws = RandomView.draw(args.batch_size, derive_seed(*seeds))[:, rank::world]  # (2, N, DRAWS)
         im_q, im_k = random_view.two_views(images.to(args.device, non_blocking=True), draws)  # (N, 3, S, S)
+        if args.symmetric:  # each view is the query once; all that follows is of 2 N views
+            im_q, im_k, index = torch.cat([im_q, im_k]), torch.cat([im_k, im_q]), torch.cat([index, index])
         with autocast(args):
             q, k, c, to_cluster = forward(im_q, im_k, clusters is not None, features=True)  # (N, D) each
         loss_inst, acc_inst = info_nce(q, k, model.queue, args.temperature)
@@ -82,7 +84,7 @@ def train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run,
         model.dequeue_and_enqueue(k)
 
         figures = torch.stack([loss_inst.detach(), loss_proto.detach(), acc_inst, acc_proto, norm])  # as in FIGURES
-        pending.append((index, to_cluster, figures))
+        pending.append((index[: len(images)], to_cluster[: len(images)], figures))
         run.step += 1
         if len(pending) == SYNC_EVERY:
             sync(pending, scaler, run, args, keys)
@@ -348,6 +350,7 @@ def get_parser():
     add("--low-dim", type=cli.positive_int, default=128, help="dimension of the features that are compared")
     add("--mlp", action=switch, default=True, help="a hidden layer in the heads a and ã")
     add("--cluster-head", choices=("none", "report", "twin"), default="twin", help=head)
+    add("--symmetric", action=switch, default=False, help="both views as queries: twice the work, and better")
     add("--moco-m", type=cli.bounded(float, 0, 1), help="key encoder's momentum; default: 0.999, up to 64 pixels 0.99")
     add("--bn-splits", type=cli.positive_int, help="batch-norm groups per process, against leaks; default: 8 in all")
     add("--pcl-r", type=cli.positive_int, help="queue length, negative prototypes; default: by data, 16384 at most")
@@ -371,11 +374,7 @@ def get_parser():
     add("--amp-dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 where the device has it, else fp16")
 
     add = parser.add_argument_group("run").add_argument
-    add(
-        "--exp-dir",
-        metavar="DIR",
-        help="where checkpoints and logs go; default: experiment_pcl, or _2, _3, ... if taken",
-    )
+    add("--exp-dir", metavar="DIR", help="where all of a run goes; default: experiment_pcl, or _2, _3, ... if taken")
     add("--overwrite", action="store_true", help="remove the run that --exp-dir holds, and start anew")
     add("--config", metavar="FILE", help="another run's args.json, to take its arguments; default: none; flags win")
     add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE or the latest here; default: a new run")
