@@ -350,7 +350,7 @@ def get_parser():
     add("--low-dim", type=cli.positive_int, default=128, help="dimension of the features that are compared")
     add("--mlp", action=switch, default=True, help="a hidden layer in the heads a and ã")
     add("--cluster-head", choices=("none", "report", "twin"), default="twin", help=head)
-    add("--symmetric", action=switch, default=False, help="both views as queries: twice the work, and better")
+    add("--symmetric", action=switch, default=False, help="both views as queries, at twice the work a step")
     add("--moco-m", type=cli.bounded(float, 0, 1), help="key encoder's momentum; default: 0.999, up to 64 pixels 0.99")
     add("--bn-splits", type=cli.positive_int, help="batch-norm groups per process, against leaks; default: 8 in all")
     add("--pcl-r", type=cli.positive_int, help="queue length, negative prototypes; default: by data, 16384 at most")

@@ -196,6 +196,26 @@ def test_a_folder_without_held_out_images(folder, tmp_path):
     assert list(table["trained"]) == ["NMI 8", "NMI 4"]
 
 
+def test_symmetric_makes_each_view_the_query_once(folder, tmp_path, monkeypatch):
+    """Its keys all enter the queue, but a sample is clustered by one of its two, as without it."""
+    forward, save, calls, saved = main_pcl.MoCo.forward, main_pcl.save_features, [], []
+
+    def spy(self, im_q, im_k, *args, **options):
+        calls.append((im_q, im_k))
+        return forward(self, im_q, im_k, *args, **options)
+
+    monkeypatch.setattr(main_pcl.MoCo, "forward", spy)
+    monkeypatch.setattr(main_pcl, "save_features", lambda *args: saved.append(args[2:]) or save(*args))
+    run(folder, *TINY, "--pcl-r", 48, "--epochs", 2, "--warmup", 1, "--symmetric", "--exp-dir", tmp_path)
+    assert len(calls) == 6
+    for im_q, im_k in calls:
+        (a, b), (c, d) = im_q.chunk(2), im_k.chunk(2)
+        assert len(im_q) == 32 and torch.equal(a, d) and torch.equal(b, c) and not torch.equal(a, b)
+    ((index, features),) = saved
+    assert len(features) == 48 and sorted(index.tolist()) == list(range(48))
+    assert weights(tmp_path)["module.queue_ptr"] == 6 * 32 % 48
+
+
 def test_warmup_beyond_the_end_is_infonce_alone(folder, tmp_path, capsys):
     log = run(folder, *TINY, "--epochs", 1, "--warmup-epoch", 5, "--exp-dir", tmp_path)
     assert log[0]["acc_proto"] == 0 and "InfoNCE alone" in capsys.readouterr().out
