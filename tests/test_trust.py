@@ -1,5 +1,6 @@
 """Untrusted input: broken images, odd folders, hostile checkpoints; and what a run opens and writes."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -288,8 +289,10 @@ def test_nothing_listens_for_others(folder, tmp_path):
     ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     addresses = []
     for pid in ranks:
-        links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
-        inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
+        inodes = set()
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                inodes.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
         for table in ("tcp", "tcp6"):
             for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
                 fields = line.split()
