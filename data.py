@@ -1,13 +1,14 @@
 """Data sets, and the order in which a run sees them.
 
-Three kinds of data, told apart by one argument: nothing (the handwritten digits in `assets/`), a folder in
-ImageFolder layout (`train/` and, where there is one, `val/` or `test/`), or a torchvision name (`cifar10`, ...).
+Three kinds of data, told apart by one argument: nothing (the handwritten digits in `assets/`), a folder of images (in
+ImageFolder layout or without classes), or a torchvision name (`cifar10`, ...).
 
     datasets = build_datasets("path/to/folder", image_size=224)
     sampler = EpochSampler(len(datasets.train), batch_size=256)     # sampler.set_epoch(epoch) before each epoch
     loader = DataLoader(datasets.train, 256, sampler=sampler, collate_fn=identity_collate, num_workers=8)
 """
 
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
+from tqdm import tqdm
 
 SMALL = 64  # up to this many pixels: no blur, and no border cut off in the plain view
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
@@ -110,10 +112,21 @@ class Datasets(NamedTuple):
     train: Images  # two random crops of each training image or, once in memory, the whole image
     plain: Images  # its centre crop
     val: Images | None  # centre crops of the held-out images; None where there are none
-    classes: list  # class names
+    classes: list  # class names; [] where no image has one
     image_size: int  # side of a view, in pixels
     augmentation: dict  # keywords of augment.RandomView that fit the data
     fingerprint: str  # changes where training images are added, removed, renamed or labelled anew
+
+    def describe(self):
+        """What was found, as "300 training images, 60 held out, 10 classes, 32 pixels"."""
+        held_out = f", {len(self.val)} held out" if self.val is not None else ""
+        classes = f"{len(self.classes) or 'no'} class{'es' * (len(self.classes) != 1)}"
+        return f"{len(self.train)} training images{held_out}, {classes}, {self.image_size} pixels"
+
+    @property
+    def labelled(self):
+        """Whether a probe can be trained and judged: some images of both parts have labels."""
+        return self.val is not None and all((images.labels >= 0).any() for images in (self.plain, self.val))
 
 
 class Digits(list):
@@ -152,8 +165,8 @@ def load_into_memory(datasets, device="cpu"):
     shape, others = whole[0][0].shape, {"plain": datasets.plain, "val": datasets.val or []}
     if len(whole) * shape.numel() + sum(map(len, others.values())) * 3 * datasets.image_size**2 > MEMORY:
         return datasets
-    pixels = []
-    for i in range(len(whole)):
+    pixels, bar = [], functools.partial(tqdm, leave=False, disable=None)
+    for i in bar(range(len(whole)), "reading training images"):
         pixels.append(whole[i][0])
         if pixels[-1].shape != shape:
             return datasets
@@ -162,7 +175,8 @@ def load_into_memory(datasets, device="cpu"):
         if name == "plain" and shape[1:] == (datasets.image_size, datasets.image_size) and shape[1] <= SMALL:
             kept[name] = kept["train"]  # the plain view is all of the image
         elif images:
-            kept[name] = torch.stack([images[i][0] for i in range(len(images))]).to(device)
+            some = bar(range(len(images)), f"reading {name} images")
+            kept[name] = torch.stack([images[i][0] for i in some]).to(device)
     images = {name: getattr(datasets, name) for name in kept}
     return datasets._replace(**{name: Images(x.source, x.view, pixels=kept[name]) for name, x in images.items()})
 
@@ -193,32 +207,47 @@ def build_datasets(data=None, image_size=None, seed=0, download_dir="datasets", 
     val = Images(val, plain_view(image_size)) if val is not None else None
     names = [path.removeprefix(train.root) for path, _ in getattr(train, "samples", ())]
     fingerprint = hashlib.sha256(repr([train.classes, names, plain.labels.tolist()]).encode()).hexdigest()
-    return Datasets(crops, plain, val, train.classes, image_size, augmentation, fingerprint)
+    classes = train.classes or (val.source.classes if val is not None else [])
+    return Datasets(crops, plain, val, classes, image_size, augmentation, fingerprint)
+
+
+class UnlabelledFolder(tv_datasets.ImageFolder):
+    """All images below a folder, at any depth, each with the label -1."""
+
+    def find_classes(self, _):
+        return [], {}
+
+    def make_dataset(self, directory, *_, **__):
+        paths = (os.path.join(path, name) for path, _, names in os.walk(directory, followlinks=True) for name in names)
+        return [(path, -1) for path in sorted(filter(tv_datasets.folder.is_image_file, paths))]
 
 
 def _folders(root):
-    """The ImageFolders `root`/train and `root`/val or `root`/test (None where there is neither)."""
+    """The training images in `root`/train, or anywhere in `root` where there is no such folder, and the held-out ones
+    in `root`/val or `root`/test (None where there is neither)."""
+    directory = root / "train" if (root / "train").is_dir() else root
+    held_out = [path for path in (root / "val", root / "test") if directory != root and path.is_dir()]
+    train, *held_out = [_read_folder(path) for path in [directory, *held_out[:1]]]
+    val = held_out[0] if held_out else None
+    if train.classes and val is not None and val.classes != train.classes:
+        raise DataError(f"{val.root} and {train.root} have different class folders; make them the same")
+    return train, val
 
-    def read(directory):
-        for path, folders, _ in os.walk(directory, followlinks=True):
-            for link in (Path(path, name) for name in folders if os.path.islink(os.path.join(path, name))):
-                if link.resolve() in {parent.resolve() for parent in link.parents}:
-                    raise DataError(f"the link {str(link)!r} leads back to a folder it lies in; remove it")
-        try:
-            return tv_datasets.ImageFolder(str(directory), loader=Image.open)
-        except FileNotFoundError as error:
-            raise DataError(f"{directory} needs a folder per class, each with images ({error})") from error
 
-    if not (root / "train").is_dir():
-        raise DataError(f"{root} has no folder train/; put the images in {root}/train/CLASS/")
-    train = read(root / "train")
-    for held_out in (root / "val", root / "test"):
-        if held_out.is_dir():
-            val = read(held_out)
-            if val.classes != train.classes:
-                raise DataError(f"{held_out} and {root / 'train'} have different class folders; make them the same")
-            return train, val
-    return train, None
+def _read_folder(directory):
+    """An ImageFolder or, where `directory` is no train/, val/ or test/ with a folder per class, an UnlabelledFolder."""
+    for path, folders, _ in os.walk(directory, followlinks=True):
+        for link in (Path(path, name) for name in folders if os.path.islink(os.path.join(path, name))):
+            if link.resolve() in {parent.resolve() for parent in link.parents}:
+                raise DataError(f"the link {str(link)!r} leads back to a folder it lies in; remove it")
+    classes = directory.name in ("train", "val", "test") and any(path.is_dir() for path in directory.iterdir())
+    try:
+        images = (tv_datasets.ImageFolder if classes else UnlabelledFolder)(str(directory), loader=Image.open)
+    except FileNotFoundError as error:
+        raise DataError(f"{directory} has folders without images; remove them ({error})") from error
+    if not len(images):
+        raise DataError(f"{directory} has no images; give a folder with train/CLASS/*.jpg, or one of images alone")
+    return images
 
 
 def _download(name, directory):

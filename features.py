@@ -36,13 +36,18 @@ def compute_features(loader, model, directory, device="cpu"):
 
 @torch.no_grad()
 def extract_features(loader, model, device="cpu"):
-    """`model(images)` of all of `loader`, kept in memory: (features (n, D) float32, index (n,) int64), on the CPU."""
+    """`model(images)` of all of `loader` and of those of the other ranks, kept in memory: (features (n, D) float32,
+    index (n,) int64), in the order of the data set, on the CPU of every rank."""
     parts = [(torch.empty(0), torch.empty(0, dtype=torch.long))]  # all that a rank without a share has
-    for images, index in tqdm(
-        loader, desc="features", leave=False, disable=None if _rank_and_world()[0] == 0 else True
-    ):
+    rank, world = _rank_and_world()
+    for images, index in tqdm(loader, desc="features", leave=False, disable=None if rank == 0 else True):
         parts.append((model(images.to(device, non_blocking=True)).float().cpu(), torch.as_tensor(index)))
-    return tuple(map(torch.cat, zip(*parts, strict=True)))
+    shares = [tuple(map(torch.cat, zip(*parts, strict=True)))] * world
+    if world > 1:
+        dist.all_gather_object(shares, shares[rank])
+    features, index = map(torch.cat, zip(*shares, strict=True))
+    order = index.argsort()
+    return features[order], index[order]
 
 
 def save_features(directory, number, index, features):

@@ -24,7 +24,6 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from augment import RandomView, normalize
 from cluster import Clusters, default_num_cluster, run_kmeans
@@ -33,8 +32,8 @@ from features import clear_features, compute_features, extract_features, read_fe
 from loss import info_nce, proto_nce
 from metrics import knn_accuracy
 from model import MoCo, backbone, build_encoder
-from runtime import checkpoint, cli, distributed
-from runtime.checkpoint import FIGURES, RunState, draw_prototypes, write_log
+from runtime import checkpoint, cli, distributed, pictures, weights
+from runtime.checkpoint import FIGURES, RunState, write_log
 from runtime.distributed import get_rank_and_world, print_main
 
 SYNC_EVERY = 20  # steps between the moments when the host waits for the device, to see the figures of those steps
@@ -55,8 +54,9 @@ def train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run,
     model.train()
     rank, world = get_rank_and_world()
     clusters = run.clusters if run.epoch >= args.warmup else None  # the warm-up is InfoNCE alone
-    steps, pending = len(loader.dataset) // args.batch_size, []
-    for images, index in tqdm(loader, desc=f"epoch {run.epoch}", leave=False, disable=None if rank == 0 else True):
+    steps, first, pending = len(loader.dataset) // args.batch_size, run.step, []
+    bar = cli.Progress(loader, desc=f"epoch {run.epoch}", disable=rank > 0)
+    for images, index in bar:
         seeds = args.seed, run.epoch, run.step
         torch.manual_seed(derive_seed(*seeds, rank))  # so that resuming needs no random state
         for group in optimizer.param_groups:
@@ -88,6 +88,8 @@ def train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run,
         run.step += 1
         if len(pending) == SYNC_EVERY:
             sync(pending, scaler, run, args, keys)
+            left = (args.epochs - run.epoch) * steps - run.step
+            bar.say(f"loss {run.totals[:2].sum() / run.step:.3f}", left / (run.step - first))
         if stop.received_by_any():
             break
     sync(pending, scaler, run, args, keys)
@@ -126,7 +128,8 @@ def e_step(model, images, previous, epoch, args, keys=None):
         for tensor in level:
             distributed.broadcast(tensor, source=i % world)
     if rank == 0 and is_milestone(epoch, args):
-        draw_prototypes(Path(args.exp_dir) / "prototypes.png", images, features, found[args.num_cluster[0]])
+        path, clusters = Path(args.exp_dir) / "prototypes.png", found[args.num_cluster[0]]
+        pictures.draw_prototypes(path, images, features, clusters, epoch)
     return [found[k].to(args.device) for k in args.num_cluster]
 
 
@@ -137,7 +140,7 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
     save = functools.partial(checkpoint.save, directory, run, model, optimizer, scaler, args)
     save()
     board = SummaryWriter(directory, purge_step=run.epoch) if rank == 0 else None
-    if run.knn_untrained is None and datasets.val is not None:
+    if run.knn_untrained is None and datasets.labelled:
         run.knn_untrained = held_out_knn(model, datasets, args)
         print_main(f"kNN accuracy of the untrained network: {run.knn_untrained:.1f} %")
     in_memory = datasets.train.pixels is not None  # else the loader's workers have cropped the images
@@ -170,7 +173,7 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
         if due:
             save()
         knn = next_clusters = None
-        if datasets.val is not None and (last or (epoch + 1) % args.knn_every == 0):
+        if datasets.labelled and (last or (epoch + 1) % args.knn_every == 0):
             knn = held_out_knn(model, datasets, args)
             stop.exit_if_received(save)
         if epoch + 1 >= args.warmup and not last:
@@ -186,6 +189,8 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
         if due:
             save(copy=f"checkpoint_{epoch:04d}.pth.tar" if is_milestone(epoch, args) else None)
             saved = time.time()
+            if rank == 0:
+                pictures.draw_curves(directory / "curves.png", run.log, args.warmup, run.knn_untrained)
         stop.exit_if_received(save)
     if rank == 0:
         board.close()
@@ -206,8 +211,7 @@ def sync(pending, scaler, run, args, keys):
         if not math.isfinite(loss) or run.skipped_in_a_row > allowed:
             raise SystemExit(
                 f"stopped at epoch {run.epoch}, step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; "
-                f"last good checkpoint: {Path(args.exp_dir) / 'checkpoint.pth.tar'}. Try a lower --lr, a longer "
-                "--lr-warmup or --clip-grad 1"
+                f"what was good is in {args.exp_dir}. Try a lower --lr, a longer --lr-warmup or --clip-grad 1"
             )
         run.totals += figures.nan_to_num(posinf=0.0)
     if keys is not None and pending:
@@ -223,8 +227,8 @@ def held_out_knn(model, datasets, args):
     for images in (datasets.plain, datasets.val):
         some = np.arange(0, len(images), -(-len(images) // MAX_KNN))
         with autocast(args):
-            share = extract_features(plain_loader(images, some, args), lambda x: network(normalize(x)), args.device)
-        features, index = map(torch.cat, zip(*distributed.all_gather_objects(share), strict=True))  # (n, D), (n,)
+            loader = plain_loader(images, some, args)
+            features, index = extract_features(loader, lambda x: network(normalize(x)), args.device)  # (n, D), (n,)
         labels = images.labels[index]
         labelled += features[labels >= 0].to(args.device), labels[labels >= 0].to(args.device)
     return distributed.broadcast_object(knn_accuracy(*labelled) if get_rank_and_world()[0] == 0 else None)
@@ -306,6 +310,18 @@ def fill_in_defaults(args, datasets, world, device):
     return argparse.Namespace(**(vars(args) | defaults | given))
 
 
+def warn(args, datasets):
+    """Say what to expect of a run that may disappoint."""
+    n = len(datasets.train)
+    if n < 1000 or args.pcl_r < 64:
+        few = f"warning: {n} images and a queue of {args.pcl_r} are few: expect clusters of a handful and features little"
+        print_main(f"{few} better than an untrained network's; take 1,000 images or more, or trained weights (--init)")
+    if not datasets.labelled:
+        print_main("no labels, so no kNN accuracy on the way; evaluate on a labelled folder when the run has ended")
+    if args.warmup >= args.epochs:
+        print_main(f"--warmup {args.warmup} of {args.epochs} epochs leaves none for ProtoNCE: InfoNCE alone")
+
+
 def check(args, n, world):
     """End the program in one line where the arguments do not fit each other or the `n` training images."""
     b, splits, most = args.batch_size // world, args.bn_splits, max(args.num_cluster)
@@ -329,12 +345,12 @@ def check(args, n, world):
 
 
 def get_parser():
-    parser, switch = cli.make_parser(__doc__), argparse.BooleanOptionalAction
+    parser, switch = cli.Parser(__doc__), argparse.BooleanOptionalAction
     head = "head b, for the clustering task: none, as published; report, on the momentum key; twin, on both branches"
     features = "what is clustered: the keys of the epoch just trained, or what a pass over the plain images gives"
 
     add = parser.add_argument_group("data and augmentation").add_argument
-    add("data", nargs="?", help="folder with train/ and maybe val/ or test/; cifar10, cifar100, stl10; default: digits")
+    add("data", nargs="?", help="folder of images, maybe with train/, val/; cifar10, cifar100, stl10; default: digits")
     add("--image-size", type=cli.positive_int, help="side of a view, pixels; default: the images' own, at most 224")
     add("--aug-plus", action=switch, default=True, help="MoCo v2's augmentation; off: MoCo v1's")
     add("--crop-min", type=cli.positive_float, help="smallest area of a random crop; default: 0.2, digits 0.5")
@@ -346,6 +362,7 @@ def get_parser():
 
     add = parser.add_argument_group("model, losses and clustering").add_argument
     add("-a", "--arch", help="resnet18, 34, 50, 101, 152; resnet18_w16: 16 channels, not 64; default: by image size")
+    add("--init", metavar="FILE", help="a ResNet's weights, of any project, to start from; default: random ones")
     add("--stem", choices=("small", "imagenet"), help="small: 3x3, stride 1, no max-pool; default: up to 64 pixels")
     add("--low-dim", type=cli.positive_int, default=128, help="dimension of the features that are compared")
     add("--mlp", action=switch, default=True, help="a hidden layer in the heads a and ã")
@@ -399,6 +416,11 @@ def build_and_train(args):
     augmentation = {name: getattr(args, name) for name in AUGMENTATION}
     with distributed.main_process_first():  # for the others may find what it has downloaded
         datasets = build_datasets(args.data, args.image_size, args.seed, **augmentation)
+    print_main(f"{args.data or 'digits'}: {datasets.describe()}")
+    init = weights.find_resnet(checkpoint.read(args.init), args.init) if args.init else None
+    if init:
+        args.arch, args.stem = args.arch or init.arch, args.stem or ("small" if init.small_images else "imagenet")
+        print_main(f"the encoder starts from {args.init}, {init.where}: {init.arch}")
     args = fill_in_defaults(args, datasets, world, device)
     check(args, len(datasets.train), world)
     datasets = load_into_memory(datasets, device)
@@ -408,6 +430,8 @@ def build_and_train(args):
     torch.backends.cudnn.benchmark = True
     encoder = functools.partial(build_encoder, args.arch, small_images=args.stem == "small")
     model = MoCo(encoder, args.low_dim, args.pcl_r, args.moco_m, args.mlp, args.cluster_head, args.bn_splits)
+    for network in (model.encoder_q, model.encoder_k) if init else ():
+        weights.load_backbone(network, init, args.init)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device, enabled=args.amp and args.amp_dtype == "fp16")
@@ -428,20 +452,17 @@ def build_and_train(args):
         if rank == 0:
             checkpoint.write_args(directory, args, run, changes)
         print_main(
-            f"{args.data or 'digits'}: {len(datasets.train)} training images, {len(datasets.val or ())} held out, "
-            f"{len(datasets.classes)} classes, {args.image_size} pixels, "
-            f"{'kept in memory' if in_memory else 'read as needed'}; on {world} x {device}; in {directory}"
+            f"images {'kept in memory' if in_memory else 'read as needed'}; on {world} x {device}; in {directory}"
         )
         print_main(", ".join(f"{name} {getattr(args, name)}" for name in SIZES))
-        if args.warmup >= args.epochs:
-            print_main(f"--warmup {args.warmup} of {args.epochs} epochs leaves none for ProtoNCE: InfoNCE alone")
+        warn(args, datasets)
         first, start = run.epoch, time.time()
         train(model, optimizer, scaler, datasets, run, args, stop)
 
     row, done, minutes = run.log[-1], len(run.log), (time.time() - start) / 60
     knn = "" if row["knn"] is None else f", kNN accuracy {row['knn']:.1f} % (untrained {run.knn_untrained:.1f} %)"
     print_main(f"reached loss {row['loss']:.3f}{knn} after {done} epochs, {done - first} in {minutes:.1f} minutes")
-    print_main(f"next: python eval_lincls.py --exp-dir {directory}")
+    print_main(f"next: python eval_lincls.py {'' if datasets.labelled else 'LABELLED_FOLDER '}--exp-dir {directory}")
     return run.log
 
 

@@ -1,4 +1,4 @@
-"""A run's directory: lock, files written whole or not at all, checkpoints of this and other projects, log, picture."""
+"""A run's directory: lock, files written whole or not at all, checkpoints of this and other projects, log."""
 
 import contextlib
 import dataclasses
@@ -8,15 +8,14 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import zipfile
 from pathlib import Path
 
 import faiss
 import filelock
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from runtime.cli import fail
 from runtime.distributed import RESTARTS, get_rank_and_world, print_main
@@ -24,6 +23,8 @@ from runtime.distributed import RESTARTS, get_rank_and_world, print_main
 OF_THE_MOMENT = ("exp_dir", "resume", "overwrite", "config", "device", "workers", "knn_every")  # no part of a run
 FIXED = ("arch", "stem", "image_size", "low_dim", "mlp", "cluster_head", "pcl_r", "optim")
 FIXED_WITHIN_EPOCH = ("batch_size", "num_cluster")
+FILES = ("checkpoint*.pth.tar", "probe.pth.tar", "args.json", "eval.json", "log.csv", "events.out.tfevents.*")
+FILES += ("curves.png", "prototypes.png", "map.png")
 FIGURES = ("loss_inst", "loss_proto", "acc_inst", "acc_proto", "grad_norm")  # of every step
 
 
@@ -73,6 +74,13 @@ def write_atomically(path, data):
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def save_tensors(path, value):
+    """torch.save, but whole or not at all, and an OSError where the disk is full."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    write_atomically(path, file.getbuffer())
+
+
 def save(directory, run, model, optimizer, scaler, args, copy=None):
     """Write checkpoint.pth.tar, on the first rank; also under the name `copy`. The keys are those of MoCo and PCL."""
     if get_rank_and_world()[0] > 0:
@@ -86,11 +94,9 @@ def save(directory, run, model, optimizer, scaler, args, copy=None):
         "args": vars(args),
         "run": vars(run) | {"clusters": run.clusters and [tuple(clusters) for clusters in run.clusters]},
     }
-    file = io.BytesIO()
-    torch.save(checkpoint, file)
     for name in (copy, "checkpoint.pth.tar"):  # in this order, or a kill in between would leave the copy out for good
         if name is not None:
-            write_atomically(directory / name, file.getbuffer())
+            save_tensors(directory / name, checkpoint)
 
 
 def choose_directory(exp_dir, resume):
@@ -119,7 +125,7 @@ def find(directory, resume, overwrite):
         if old.get("epoch") or old.get("run", {}).get("step"):  # a run that stopped before its first step is none
             where = f"holds a run at epoch {old['epoch']} of {old.get('args', {}).get('epochs')}"
             fail(f"{directory} {where}; go on with --resume, clear it with --overwrite, or name another --exp-dir")
-    for pattern in ("checkpoint*.pth.tar", "args.json", "log.csv", "prototypes.png", "events.out.tfevents.*"):
+    for pattern in FILES:
         for path in directory.glob(pattern):
             path.unlink()
     shutil.rmtree(directory / "features", ignore_errors=True)
@@ -164,16 +170,22 @@ def write_args(directory, args, run, changes):
         parts = json.loads((directory / "args.json").read_text())["parts"] if run.epoch or run.step else []
     except (OSError, ValueError, KeyError, TypeError):  # lost or edited: what is known goes on
         parts = []
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "faiss": faiss.__version__}
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    ran_on = versions | {"device": device, "threads": torch.get_num_threads(), "world": get_rank_and_world()[1]}
-    parts.append({"epoch": run.epoch, "step": run.step, "changed": changes} | ran_on)
+    parts.append({"epoch": run.epoch, "step": run.step, "changed": changes} | ran_on(args.device))
     write_atomically(directory / "args.json", json.dumps(vars(args) | {"parts": parts}, indent=2).encode())
 
 
+def ran_on(device):
+    """What figures may depend on: versions, device, threads, processes."""
+    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else platform.machine()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "faiss": faiss.__version__}
+    return versions | {"device": name, "threads": torch.get_num_threads(), "world": get_rank_and_world()[1]}
+
+
 def read(path):
-    """The checkpoint at `path` as a dict with at least `arch` and `state_dict`; only tensors and plain values are read.
-    Ends the program in one line, exit status 2, where it is not one or holds less than its tensors' sizes claim."""
+    """The dict in the file `path`; only tensors and plain values are read, nothing is run.
+    Ends the program in one line, exit status 2, where it is none, or holds less than its tensors' sizes claim."""
+    if not Path(path).is_file():
+        fail(f"there is no file {path}")
     try:
         if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
             raise ValueError  # torch stores plainly; what is packed may be of any size
@@ -181,10 +193,12 @@ def read(path):
         if any(value.untyped_storage().nbytes() < value.nbytes for value in _tensors_in(checkpoint)):
             raise ValueError
     except Exception as error:  # there is no end to what a malformed file makes the readers raise
+        code = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        if code:
+            fail(f"{path} holds more than tensors: {code[1]}, which is not read; save its state_dict alone to a file")
         fail(f"{path} is truncated or not a checkpoint ({type(error).__name__}); name another file")
-    arch, state = (checkpoint.get(name) if isinstance(checkpoint, dict) else None for name in ("arch", "state_dict"))
-    if not isinstance(arch, str) or not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        fail(f"{path} is not a checkpoint of MoCo or PCL: it has no arch and state_dict")
+    if not isinstance(checkpoint, dict):
+        fail(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
 
 
@@ -235,27 +249,3 @@ def leaking(rows, knn_untrained):
     if row["knn"] is None or row["acc_inst"] <= 99:
         return False
     return row["knn"] < max(earlier, default=0) - 1 or row["knn"] < knn_untrained + 1
-
-
-def draw_prototypes(path, images, features, clusters, rows=10, columns=10, side=56, gap=4, margin=96):
-    """Write a picture: per row one prototype's nearest images, from the tightest cluster to the loosest.
-    images: a data set whose `image(index)` is a stored PIL image of any size; features: (M, D) unit rows; clusters: one
-    (im2cluster (M,), centroids (K, D), density (K,))."""
-    im2cluster, centroids, density = (tensor.cpu() for tensor in clusters)
-    size = torch.bincount(im2cluster, minlength=len(centroids))
-    order = density.argsort()
-    order = order[size[order] >= min(columns, int(size.max()))]
-    order = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).long()]
-    picture = Image.new("RGB", (margin + columns * (side + gap), len(order) * (side + gap) + gap), "white")
-    draw = ImageDraw.Draw(picture)
-    for row, number in enumerate(order.tolist()):
-        top = gap + row * (side + gap)
-        draw.text((gap, top + side // 2 - 14), f"{size[number]} images\nphi {density[number]:.3f}", "black")
-        members = np.flatnonzero(im2cluster.numpy() == number)
-        nearest = members[np.argsort(-features[members] @ centroids[number].numpy())][:columns]
-        for column, index in enumerate(nearest):
-            image = images.image(int(index)).resize((side, side), Image.BICUBIC)
-            picture.paste(image, (margin + column * (side + gap), top))
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    write_atomically(path, file.getbuffer())

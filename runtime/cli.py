@@ -1,14 +1,17 @@
-"""The command line: types of arguments, and errors in one line."""
+"""The command line: types of arguments, errors in one line, progress."""
 
 import argparse
 import contextlib
+import difflib
 import errno
+import itertools
 import json
 import math
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -18,11 +21,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None or "default" in action.help else super()._get_help_string(action)
 
 
-def make_parser(description):
-    """An argument parser that takes no abbreviations and whose errors are one line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.error = fail
-    return parser
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations, and whose errors are one line that says what may be meant."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+        close = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown[:1] == "-" else ()
+        fail(message + (f"; did you mean {close[0]}?" if close else ""))
 
 
 def bounded(kind, low, below=math.inf, above_low=False):
@@ -51,7 +59,11 @@ def int_list(text):
 def parse_args(parser, argv=None):
     """The arguments of the command line or, where it names a --config, of that run, the command line's own winning."""
     argv = sys.argv[1:] if argv is None else argv
-    config = parser.parse_args(argv).config
+    for i, word in enumerate(argv):
+        action, numbers = parser._option_string_actions.get(word), [*itertools.takewhile(str.isdigit, argv[i + 1 :])]
+        if action and action.type is int_list and len(numbers) > 1:
+            parser.error(f"the numbers of {word} are comma-separated: {','.join(numbers)}")
+    config = getattr(parser.parse_args(argv), "config", None)
     return parser.parse_args([*(_config_arguments(config, parser) if config else ()), *argv])
 
 
@@ -77,6 +89,25 @@ def _config_arguments(path, parser):
         return words
     except (OSError, ValueError, AttributeError, TypeError) as error:
         fail(f"{path} is not the args.json of a run ({type(error).__name__})")
+
+
+class Progress(tqdm):
+    """A progress bar on a terminal; elsewhere a line a minute, of what takes longer than that."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs |= {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60, "maxinterval": 60}
+        super().__init__(*args, leave=False, dynamic_ncols=True, **kwargs)
+
+    def say(self, text, ratio):
+        """Show `text` and when the run ends, where what is left of it is `ratio` times what this bar has behind it."""
+        left = self.format_interval(self.format_dict["elapsed"] * ratio)
+        self.set_postfix_str(f"{text}, the run ends in {left}", refresh=False)
+
+    def display(self, msg=None, pos=None):
+        if sys.stderr.isatty():
+            super().display(msg, pos)
+        elif msg is None:
+            print(self, file=sys.stderr, flush=True)
 
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))

@@ -10,6 +10,7 @@ from conftest import fails
 
 import eval_lincls
 import main_pcl
+from runtime import cli
 
 # -- schedule and optimizer
 
@@ -67,7 +68,7 @@ def defaults(n, image_size, *flags, world=1):
     before = dict(vars(args))
     final = main_pcl.fill_in_defaults(args, datasets, world, "cpu")
     assert vars(args) == before  # a new one comes back
-    left_open = ["data", "clip_grad", "exp_dir", "config", "resume"]
+    left_open = ["data", "init", "clip_grad", "exp_dir", "config", "resume"]
     assert [name for name, value in vars(final).items() if value is None] == left_open
     return vars(final)
 
@@ -167,6 +168,20 @@ def test_help_says_the_default_of_every_flag(script):
     assert checked > 8
 
 
+def test_progress_is_a_line_a_minute_where_there_is_no_terminal(capsys, monkeypatch):
+    now = iter(range(0, 10_000, 25))  # each look at the clock is 25 seconds later
+    monkeypatch.setattr("tqdm.std.time", lambda: next(now))
+    bar = cli.Progress(range(20), desc="epoch 3")
+    for _ in bar:
+        bar.say("loss 1.5", 2.0)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert 3 <= len(lines) <= 20
+    assert all(line.startswith("epoch 3") and "loss 1.5, the run ends in" in line for line in lines), lines
+    monkeypatch.undo()
+    assert list(cli.Progress(range(20), desc="short")) == [*range(20)]
+    assert capsys.readouterr().err == ""
+
+
 # -- what is refused
 
 
@@ -187,6 +202,10 @@ def test_help_says_the_default_of_every_flag(script):
         (["--moco-m", "1.5"], "below 1"),
         (["--resume", "no-such-file"], "no checkpoint"),
         (["--wd", "nan"], "at least 0"),
+        (["--wamup", "3"], "did you mean --warmup?"),
+        (["--warmup-epochs=3"], "did you mean --warmup-epoch?"),
+        (["--num-cluster", "10", "20", "30"], "comma-separated: 10,20,30"),
+        (["--init", "no-such-file"], "no file"),
     ],
 )
 def test_bad_arguments_get_one_line(tmp_path, capsys, args, message):

@@ -192,10 +192,10 @@ def test_only_features_from_a_number_on_are_cleared(tmp_path):
     assert not list((tmp_path / "features").iterdir()) and (tmp_path / "another").is_dir()
 
 
-def test_extracted_features_come_in_the_loaders_order():
+def test_extracted_features_come_in_the_order_of_the_data_set():
     data, order = Indexed(23), [5, 22, 0, 7, 1]
     features, index = extract_features(DataLoader(data, 2, sampler=order), lambda x: 2 * x.half())
-    assert index.tolist() == order and features.dtype == torch.float32
-    np.testing.assert_array_equal(features, 2 * data.rows[order])
+    assert index.tolist() == sorted(order) and features.dtype == torch.float32
+    np.testing.assert_array_equal(features, 2 * data.rows[sorted(order)])
     features, index = extract_features(DataLoader(data, 2, sampler=[]), lambda x: x)  # a rank without a share
     assert len(features) == len(index) == 0 and (features.dtype, index.dtype) == (torch.float32, torch.int64)

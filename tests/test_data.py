@@ -1,5 +1,7 @@
 """Images in memory against images read as needed; what a view depends on; the order of an epoch."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,42 @@ def test_views_follow_seed_epoch_and_index_alone():
     assert torch.equal(first, train[5][0]) and not torch.equal(first, other[5][0])
     train.set_epoch(1)
     assert not torch.equal(first, train[5][0])
+
+
+# -- folders without classes
+
+
+def flat_copy(folder, root, depth=""):
+    """The training images of `folder` in one directory, without classes."""
+    (root / depth).mkdir(parents=True)
+    for path in (folder / "train").rglob("*.png"):
+        shutil.copy(path, root / depth / f"{path.parent.name}-{path.name}")
+    return root
+
+
+@pytest.mark.parametrize("depth", ["", "train", "a/b", "val"])
+def test_images_without_classes_are_read_wherever_they_lie(folder, tmp_path, depth):
+    (tmp_path / "flat").mkdir()
+    flat_copy(folder, tmp_path / "flat", depth) if depth else flat_copy(folder, tmp_path / "flat" / "x")
+    (tmp_path / "flat" / "notes.txt").write_text("no image")
+    datasets = build_datasets(str(tmp_path / "flat"))
+    assert len(datasets.train) == len(datasets.plain) == 48 and datasets.val is None and not datasets.labelled
+    assert datasets.classes == [] and (datasets.plain.labels == -1).all() and datasets.image_size == 10
+    assert datasets.describe() == "48 training images, no classes, 10 pixels"
+    assert datasets.fingerprint != build_datasets(str(folder)).fingerprint
+
+
+def test_unlabelled_training_images_go_with_labelled_held_out_ones(folder, tmp_path):
+    flat_copy(folder, tmp_path, "train")
+    shutil.copytree(folder / "val", tmp_path / "val")
+    datasets = build_datasets(str(tmp_path))
+    assert not datasets.labelled and datasets.classes == [f"class {i}" for i in range(3)]
+    assert (datasets.plain.labels == -1).all() and datasets.val.labels.bincount().tolist() == [6] * 3
+
+
+def test_what_was_found_is_said(folder):
+    assert build_datasets(str(folder)).describe() == "48 training images, 18 held out, 3 classes, 10 pixels"
+    assert build_datasets(str(folder)).labelled
 
 
 # -- the order of an epoch

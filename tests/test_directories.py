@@ -29,8 +29,8 @@ def test_the_same_command_again_takes_the_next_free_directory(folder, tmp_path, 
     run(folder, *SHORT, "--epochs", 3, "--seed", 2, "--resume")  # the newest
     assert len((tmp_path / "experiment_pcl_3" / "log.csv").read_text().splitlines()) == 4
     assert len((tmp_path / "experiment_pcl" / "log.csv").read_text().splitlines()) == 3
-    newest = eval_lincls.main(["--no-baselines", "--epochs", "1"])
-    assert newest == eval_lincls.main(["--exp-dir", "experiment_pcl_3", "--no-baselines", "--epochs", "1"])
+    newest = eval_lincls.main(["--no-baselines"])
+    assert newest == eval_lincls.main(["--exp-dir", "experiment_pcl_3", "--no-baselines"])
 
 
 def test_a_named_directory_that_holds_a_run_is_refused(folder, tmp_path, capsys):
@@ -187,8 +187,8 @@ def test_a_machine_without_fcntl_and_sigusr1_trains(folder, tmp_path):
 
 def test_a_stored_number_of_clusters_above_the_evaluated_images(folder, tmp_path, capsys, monkeypatch):
     run(*TINY, "--num-cluster", "40,60", "--epochs", 1, "--exp-dir", tmp_path)  # on the digits
-    table = eval_lincls.main([str(folder), "--exp-dir", str(tmp_path), "--epochs", "1", "--no-baselines"])
+    table = eval_lincls.main([str(folder), "--exp-dir", str(tmp_path), "--no-baselines"])
     assert np.isfinite(list(table["trained"].values())).all() and "NMI 60" not in table["trained"]
-    monkeypatch.setattr(eval_lincls, "linear_probe", lambda *_: pytest.fail("the probe has started"))
+    monkeypatch.setattr(eval_lincls, "extract_all", lambda *_: pytest.fail("the probe has started"))
     few = [folder, "--exp-dir", tmp_path, "--num-cluster", "49"]
     assert "49 clusters are more than the 48" in fails(capsys, eval_lincls.main, *few)

@@ -1,11 +1,14 @@
 """Whole runs in a reduced form: the README's commands, every combination, resuming, what stops a run."""
 
+import argparse
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import TINY, assert_same, fails, run, weights
 from PIL import Image
 
@@ -26,18 +29,22 @@ def test_every_combination_trains(folder, tmp_path, optim, head, amp):
 
 
 def test_the_default_run_learns_and_leaves_its_files(tmp_path, monkeypatch, capsys):
-    """Five epochs on the digits at four times the rate: a linear layer then gets 22 to 24 points more out of them."""
+    """Ten epochs on the digits at twice the rate are enough to see it."""
     monkeypatch.chdir(tmp_path)
-    log = run("--amp", "--optim", "sgd", "--cos", "--warmup", 1, "--epochs", 5, "--lr", 0.06)
-    table, directory = eval_lincls.main(["--epochs", "10"]), tmp_path / "experiment_pcl"
+    log = run("--amp", "--optim", "sgd", "--cos", "--warmup", 2, "--epochs", 10, "--lr", 0.03)
+    table, directory = eval_lincls.main([]), tmp_path / "experiment_pcl"
     assert set(table) == {"trained", "untrained", "raw pixels"}
-    assert table["trained"]["top-1"] > table["untrained"]["top-1"] + 10
-    assert log[-1]["knn"] == pytest.approx(table["trained"]["kNN"], abs=2)  # in mixed precision, and in full
+    assert table["trained"]["kNN 28"] > table["untrained"]["kNN 28"] + 3
+    assert table["trained"]["AMI 10"] > table["untrained"]["AMI 10"] + 3
+    assert log[-1]["knn"] == pytest.approx(table["trained"]["kNN 28"], abs=2)  # in mixed precision, and in full
+    report = json.loads((directory / "eval.json").read_text())
+    assert report["figures"] == table and report["epoch"] == 10 and report["protocol"] == "fast"
     assert "next: python eval_lincls.py" in capsys.readouterr().out
     names = {path.name for path in directory.iterdir()}
-    assert {"args.json", "log.csv", "checkpoint.pth.tar", "checkpoint_0004.pth.tar", "prototypes.png"} <= names
-    assert len((directory / "log.csv").read_text().splitlines()) == 6
-    assert json.loads((directory / "args.json").read_text())["warmup"] == 1
+    assert {"args.json", "log.csv", "checkpoint.pth.tar", "checkpoint_0009.pth.tar", "eval.json"} <= names
+    assert {"curves.png", "prototypes.png", "map.png"} <= names
+    assert len((directory / "log.csv").read_text().splitlines()) == 11
+    assert json.loads((directory / "args.json").read_text())["warmup"] == 2
 
 
 def test_resuming_equals_never_having_stopped(folder, tmp_path, monkeypatch):
@@ -94,7 +101,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folder, tmp_p
     run(folder, *TINY, "--epochs", 1, "--exp-dir", tmp_path)
     before = weights(tmp_path)
     monkeypatch.setattr(main_pcl, "info_nce", lambda q, k, queue, t: ((q * torch.nan).sum(), torch.zeros(())))
-    with pytest.raises(SystemExit, match=r"epoch 1, step 0.*checkpoint\.pth\.tar"):
+    with pytest.raises(SystemExit, match=rf"epoch 1, step 0.*what was good is in {tmp_path}"):
         run(folder, *TINY, "--epochs", 2, "--resume", "--exp-dir", tmp_path)
     assert_same(before, weights(tmp_path))
 
@@ -143,9 +150,7 @@ def test_the_keys_of_the_epoch_are_clustered_without_a_pass(folder, tmp_path, mo
 
 
 def test_a_huge_learning_rate_stops_the_run(folder, tmp_path):
-    with pytest.raises(
-        SystemExit, match=r"epoch 0, step \d: the loss is (nan|inf).*last good checkpoint: \S+checkpoint"
-    ):
+    with pytest.raises(SystemExit, match=r"epoch 0, step \d: the loss is (nan|inf).*what was good is in"):
         run(folder, *TINY, "--epochs", 3, "--lr", 1e9, "--exp-dir", tmp_path)
     assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
 
@@ -193,7 +198,84 @@ def test_a_folder_without_held_out_images(folder, tmp_path):
     log = run(tmp_path / "data", *TINY, "--epochs", 2, "--warmup", 1, "--exp-dir", tmp_path / "run")
     assert log[-1]["knn"] is None
     table = eval_lincls.main(["--exp-dir", str(tmp_path / "run")])
-    assert list(table["trained"]) == ["NMI 8", "NMI 4"]
+    names = [f"{name} {k}" for k in (8, 4, 3) for name in ("NMI", "AMI", "ARI", "acc")]
+    assert list(table["trained"]) == names
+
+
+def test_a_folder_without_classes_trains_and_is_evaluated_on_another(folder, tmp_path, capsys):
+    (tmp_path / "flat").mkdir()
+    for path in (folder / "train").rglob("*.png"):
+        shutil.copy(path, tmp_path / "flat" / f"{path.parent.name} {path.name}")
+    run(tmp_path / "flat", *TINY, "--epochs", 2, "--warmup", 1, "--exp-dir", tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "48 training images, no classes" in said and said.count("no labels") == 1 and "are few" in said
+    assert f"next: python eval_lincls.py LABELLED_FOLDER --exp-dir {tmp_path / 'run'}" in said
+    assert "no labels" in fails(capsys, eval_lincls.main, "--exp-dir", tmp_path / "run")
+    table = eval_lincls.main([str(folder), "--exp-dir", str(tmp_path / "run")])
+    assert {"linear", "kNN 1", "AMI 3", "acc 3 held out"} <= set(table["trained"])
+
+
+def test_unlabelled_training_images_are_evaluated_by_clusters_of_the_held_out_ones(folder, tmp_path):
+    (tmp_path / "train").mkdir()
+    for path in (folder / "train").rglob("*.png"):
+        shutil.copy(path, tmp_path / "train" / f"{path.parent.name} {path.name}")
+    (tmp_path / "val").symlink_to(folder / "val")
+    log = run(tmp_path, *TINY, "--epochs", 1, "--exp-dir", tmp_path / "run")
+    assert log[0]["knn"] is None
+    table = eval_lincls.main(["--exp-dir", str(tmp_path / "run")])
+    assert table["trained"] and all(name.endswith("held out") for name in table["trained"])
+
+
+def test_a_run_starts_from_given_weights(folder, tmp_path, capsys):
+    """Architecture and stem are the file's; of weights that do not fit one line says so."""
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    options = [folder, *TINY[2:], "--epochs", 1, "--init", tmp_path / "resnet18.pth", "--image-size", 8]
+    run(*options, "--lr", 1e-9, "--exp-dir", tmp_path / "run")
+    given, trained = torch.load(tmp_path / "resnet18.pth"), weights(tmp_path / "run")
+    for name, value in given.items():
+        if name.endswith("weight") and not name.startswith("fc"):
+            for encoder in ("encoder_q", "encoder_k"):
+                torch.testing.assert_close(trained[f"module.{encoder}.{name}"], value, rtol=1e-4, atol=1e-4)
+    assert "resnet18" in capsys.readouterr().out
+    error = fails(capsys, main_pcl.main, *options, "-a", "resnet34", "--exp-dir", tmp_path / "other")
+    assert "resnet34" in error or "missing" in error
+    assert "no file" in fails(capsys, main_pcl.main, folder, *TINY, "--init", tmp_path / "none")
+
+
+def test_the_published_probe_goes_on_where_it_was_killed(folder, tmp_path, monkeypatch):
+    run(folder, *TINY, "--epochs", 1, "--exp-dir", tmp_path)
+    options = ["--exp-dir", str(tmp_path), "--protocol", "moco", "--no-baselines", "-b", "16"]
+    probe, save, seen = tmp_path / "probe.pth.tar", runtime.checkpoint.save_tensors, []
+
+    def save_and_die(path, state):
+        save(path, state)
+        seen.append(state["epoch"])
+        if state["epoch"] == 50:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime.checkpoint, "save_tensors", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        eval_lincls.main(options)
+    eval_lincls.main(options)
+    assert seen == list(range(1, 101))
+    layer = torch.load(probe)["layer"]
+    probe.unlink()
+    monkeypatch.setattr(runtime.checkpoint, "save_tensors", save)
+    assert {"linear", "kNN 1"} <= set(eval_lincls.main(options)["trained"])
+    assert_same(torch.load(probe)["layer"], layer)
+    assert json.loads((tmp_path / "eval.json").read_text())["protocol"] == "moco"
+
+
+def test_several_runs_give_mean_and_standard_deviation(folder, tmp_path, capsys):
+    tables = []
+    for seed in range(3):
+        run(folder, *TINY, "--epochs", 1, "--seed", seed, "--exp-dir", tmp_path / str(seed))
+        tables.append(eval_lincls.main(["--exp-dir", str(tmp_path / str(seed)), "--no-baselines"])["trained"])
+    capsys.readouterr()
+    eval_lincls.main(["--no-baselines", "--exp-dir", *(str(tmp_path / str(seed)) for seed in range(3))])
+    mean, std = (f([table["linear"] for table in tables]) for f in (np.mean, functools.partial(np.std, ddof=1)))
+    (line,) = (line for line in capsys.readouterr().out.split("mean and")[1].splitlines() if line.startswith("linear"))
+    assert line.split(maxsplit=1)[1] == f"{mean:.1f} ± {std:.1f}"
 
 
 def test_symmetric_makes_each_view_the_query_once(folder, tmp_path, monkeypatch):
@@ -222,9 +304,9 @@ def test_warmup_beyond_the_end_is_infonce_alone(folder, tmp_path, capsys):
 
 
 def test_bad_folders_and_images_get_one_line(folder, tmp_path, capsys):
-    assert "no folder train/" in fails(capsys, main_pcl.main, tmp_path)
+    assert "has no images" in fails(capsys, main_pcl.main, tmp_path)
     (tmp_path / "train").mkdir()
-    assert "class" in fails(capsys, main_pcl.main, tmp_path)
+    assert "train has no images" in fails(capsys, main_pcl.main, tmp_path)
     for i in range(40):
         Image.new("RGB", (8, 8)).save(
             (tmp_path / "train").joinpath("a").mkdir(exist_ok=True) or tmp_path / f"train/a/{i}.png"
@@ -245,9 +327,12 @@ def test_bad_checkpoints_get_one_line(folder, tmp_path, capsys):
     assert "cannot change" in fails(capsys, main_pcl.main, *again, "-a", "resnet18_w8")
     (tmp_path / "bad").write_bytes(good.read_bytes()[:5000])
     assert "truncated" in fails(capsys, main_pcl.main, *again, tmp_path / "bad")
-    assert "truncated" in fails(capsys, eval_lincls.main, "--pretrained", tmp_path / "bad")
+    assert "truncated" in fails(capsys, eval_lincls.main, folder, "--pretrained", tmp_path / "bad")
     torch.save({"a": 1}, tmp_path / "bad")
-    assert "not a checkpoint" in fails(capsys, eval_lincls.main, "--pretrained", tmp_path / "bad")
+    assert "holds no ResNet" in fails(capsys, eval_lincls.main, folder, "--pretrained", tmp_path / "bad")
+    torch.save({"args": argparse.Namespace(), "state_dict": {}}, tmp_path / "bad")
+    assert "argparse.Namespace" in fails(capsys, eval_lincls.main, folder, "--pretrained", tmp_path / "bad")
+    assert "name the data" in fails(capsys, eval_lincls.main, "--pretrained", good)
     assert "there is no" in fails(capsys, eval_lincls.main, "--exp-dir", tmp_path / "none")
     assert_same(before, weights(tmp_path))  # what was refused has left the run as it was
 
@@ -259,6 +344,9 @@ def test_published_checkpoints_are_read(folder, tmp_path):
     state = {f"module.encoder_q.{key}": value for key, value in resnet18().state_dict().items()}
     state |= {"module.encoder_q.fc.0.weight": torch.zeros(512, 512), "module.queue": torch.zeros(128, 8)}
     torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}, tmp_path / "moco.pth.tar")
-    options = ["--no-baselines", "--augment", "--epochs", "3", "--num-cluster", "3"]
+    options = ["--no-baselines", "--knn-k", "5", "99", "--labels", "2", "0.5", "--num-cluster", "3"]
     table = eval_lincls.main([str(folder), "--pretrained", str(tmp_path / "moco.pth.tar"), *options])
-    assert set(table["trained"]) == {"top-1", "kNN", "NMI 3"}
+    figures = ["linear", "linear, 2 per class", "linear, 2 per class, std", "linear, 0.5 of labels"]
+    figures += ["linear, 0.5 of labels, std", "kNN 5", "kNN 48"]
+    assert list(table["trained"])[:7] == figures and "acc 3 held out" in table["trained"]
+    assert (tmp_path / "moco.pth.tar.eval.json").exists() and (tmp_path / "moco.pth.tar.map.png").exists()

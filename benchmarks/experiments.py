@@ -1,0 +1,279 @@
+"""The report's questions as experiments that anyone can run again: arms that differ in one thing, several seeds each.
+
+    python benchmarks/experiments.py --make-data path/to/cifar10 P       # 1,000 + 200 images a class, of train/, test/
+    python benchmarks/experiments.py --make-data path/to/fashion-mnist F     # of its *-ubyte.gz; D is the digits
+    python benchmarks/experiments.py recipe --data P=P F=F D -n 2        # what is missing; needs matplotlib
+    python benchmarks/experiments.py --table recipe                      # mean ± standard deviation over the seeds
+
+What arms share is run once, in a directory called after the command. Rows of a command that is no longer their arm's
+are left out. A run that stopped, its loss not finite, has the accuracies of its last whole epoch alone. Minutes are the
+training steps'. `--patched NAME,NAME -- FLAGS`, "@NAME" in an arm, is `main_pcl.py FLAGS` with ways that are wrong or
+not in the product; "x2" doubles a value.
+"""
+
+import argparse
+import copy
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch.nn import BatchNorm1d, Linear, ReLU, Sequential  # noqa: E402
+
+import loss  # noqa: E402
+import main_pcl  # noqa: E402
+import model  # noqa: E402
+
+# -- the experiments ----------------------------------------------------------------------------------------------
+SMALL = "--symmetric -b 128 --lr 0.06 --wd 5e-4 --temperature 0.1 --cluster-head none"
+IMAGENET = "--no-symmetric -b 128 --lr 0.015 --wd 1e-4 --temperature 0.2 --cluster-head none"  # 0.03 per 256
+PHOTOGRAPHS = "--image-size 16 --amp --cos --epochs 40 --warmup 10 -j 0"
+SIZES = {"P": PHOTOGRAPHS, "F": PHOTOGRAPHS, "D": "--amp --cos --epochs 200 --warmup 20"}
+CLASSES, TWICE, LONG = 10, "--epochs x2 --warmup x2", f"{SMALL} --epochs x5 --warmup x5"
+CHANGES = "--lr 0.015;--lr 0.03;--lr 0.12;--wd 1e-4;--wd 1e-3;--temperature 0.07;--temperature 0.2;-b 64 --lr 0.03;"
+CHANGES += "-b 256 --lr 0.12;--pcl-r 256;--pcl-r 1024;--pcl-r 4096;--moco-m 0.9;--moco-m 0.996;--moco-m 0.999;"
+CHANGES += f"--no-symmetric;--no-symmetric {TWICE}"
+RECIPE = {f"ImageNet's {x}".strip(): f"{IMAGENET} {x}" for x in ("", TWICE, "--symmetric")} | {"small images'": SMALL}
+RECIPE |= {flags: f"{SMALL} {flags}" for flags in CHANGES.split(";")}
+JITTER = ("--color-jitter", "@half-jitter", "--no-color-jitter")
+HEADS = {head: f"--cluster-head {head}" for head in ("none", "report", "twin")}
+LAMB = f"{IMAGENET} --optim lamb --lr 2.5e-3 --epochs 40 --warmup 10"  # its default rate at this batch size
+SUSPECTS = ["--lr 0.03", "--bn-splits 1", HEADS["report"], "--lr-warmup 0", "@clip-scaled", "@topk"]
+R11 = {f"LAMB {x}".strip(): f"{LAMB} {x}" for x in ("", "--lr 0.12", "--clip-grad 1", *SUSPECTS)}
+R11 |= {f"all {x}".strip(): " ".join([LAMB, *SUSPECTS, x]) for x in ("", "--lr 0.12")}
+R11 |= {f"all but {x}": " ".join([LAMB, *(y for y in SUSPECTS if y != x)]) for x in SUSPECTS}
+RATES = {"sgd --wd 5e-4": (0.03, 0.06, 0.12), "adamw --wd 1e-2": (2e-4, 5e-4, 1.5e-3)}  # at batch 128
+RATES |= {"lamb --wd 2e-2": (5e-4, 1.5e-3, 5e-3), "lars --wd 1e-6": (0.15, 0.5, 1.5)}
+FORMS = {"InfoNCE alone": "--warmup x4", **HEADS, "predictor": "@predictor", "fork": "@fork"}
+FORMS |= {"weight 0.1": "@weight-0.1", "weight 0.3": "@weight-0.3", "clusters / 4": "--num-cluster 49,98,195"}
+FORMS |= {"clusters and 10": "--num-cluster 10,195,390,781"}
+R4 = {f"{j}, {h}": f"{SMALL} {j} {HEADS[h]}" for j in JITTER for h in ("none", "twin")}
+R5 = {f"{h}, {n}": f"{SMALL} --warmup {n} {HEADS[h]}" for h in HEADS for n in (0, 5, 10, 20)}
+R5 |= {"any head, 40": f"{SMALL} --warmup 40"}  # InfoNCE alone: a head takes no part
+R13 = {f"{o} --lr {lr}": f"{SMALL} --optim {o} --lr {lr}" for o, rates in RATES.items() for lr in rates}
+EXPERIMENTS = {  # each with three seeds or more
+    "recipe": {"arms": RECIPE, "data": "PFD", "title": "What do a recipe for small images and its parts give?"},
+    "R4": {"arms": R4, "data": "P", "title": "Does the jitter slow the warm-up, or the head; are features worse?"},
+    "R5": {"arms": R5, "data": "P", "title": "Does a longer warm-up help?"},
+    "R11": {"arms": R11, "data": "D", "title": "What makes acc_inst rise to 100, and the loss NaN, under LAMB?"},
+    "R13": {"arms": R13, "data": "P", "title": "Which optimizers work, at which rate?"},
+    "R14": {"data": "PF", "title": "What beats InfoNCE alone?", "arms": {x: f"{SMALL} {FORMS[x]}" for x in FORMS}},
+    "R14-long": {"data": "PF", "title": "And at 200 epochs?", "arms": {x: f"{LONG} {FORMS[x]}" for x in FORMS}},
+}
+
+
+# -- ways that are wrong, or not in the product -------------------------------------------------------------------
+class HeadB(main_pcl.MoCo):
+    """A predictor: c = normalize(b(z_q)), b on the query side alone, and prototypes of the plain keys; with `fork` b is
+    of the pooled features, beside the head a, and has a momentum twin for the prototypes. In one process."""
+
+    def __init__(self, *args, fork):
+        super().__init__(*args)
+        self.fork, a, d = fork, self.encoder_q.fc, len(self.queue)
+        fresh = copy.deepcopy(a).apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
+        a[0].b = fresh if fork else Sequential(Linear(d, d), BatchNorm1d(d), ReLU(), Linear(d, d))  # no part of a[0](x)
+        a.register_forward_hook(lambda a, x, z: (z, a[0].b(x[0] if fork else z)))
+        self.encoder_k.fc = copy.deepcopy(a).requires_grad_(False)  # nothing takes a predictor's b
+
+    def forward(self, im_q, im_k, clustering=False, features=False):
+        z_q, c = self.encoder_q(im_q)
+        with torch.no_grad():
+            im_k, own_rows = self.batch_shuffle(im_k)
+            z_k = [z[own_rows] for z in self.encoder_k(im_k)]
+            model.move_running_statistics(self.norms)
+        q, k, to_cluster = model._unit(z_q), model._unit(z_k[0]), self._to_cluster(z_k)
+        return (q, k, model._unit(c) if clustering else q, to_cluster)[: 4 if features else 3]
+
+    def _to_cluster(self, z_k):
+        return model._unit(z_k[self.fork])
+
+
+def weighted_proto_nce(weight, *args, original=main_pcl.proto_nce):
+    value, acc = original(*args)
+    return weight * value + (1 - weight) * value.detach(), acc  # the gradient is weighted, what is logged is not
+
+
+def cross_entropy_topk(logits, target, original=loss._cross_entropy):
+    hits = logits.detach().topk(1)[1][:, 0] == target  # of more than 64 equal or NaN it names the first, on the CPU
+    return original(logits, target)[0], 100 * hits.float().mean()
+
+
+class ClipScaled(torch.amp.GradScaler):
+    """A scaler in bf16 as in fp16, which a CPU is slow in, and clip_grad_norm_(max_norm=1.0) before it unscales."""
+
+    def __init__(self, device, enabled):
+        super().__init__(device)
+
+    def unscale_(self, optimizer):
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        super().unscale_(optimizer)
+
+
+PATCHES = {  # owner, name, and what takes its place
+    "predictor": (main_pcl, "MoCo", lambda *args: HeadB(*args, fork=False)),
+    "fork": (main_pcl, "MoCo", lambda *args: HeadB(*args, fork=True)),
+    "half-jitter": (main_pcl.RandomView, "jitter", property(lambda x: x.all / 2, lambda x, y: setattr(x, "all", y))),
+    "weight-0.1": (main_pcl, "proto_nce", lambda *args: weighted_proto_nce(0.1, *args)),
+    "weight-0.3": (main_pcl, "proto_nce", lambda *args: weighted_proto_nce(0.3, *args)),
+    "topk": (loss, "_cross_entropy", cross_entropy_topk),
+    "clip-scaled": (torch.amp, "GradScaler", ClipScaled),
+}
+
+FIGURES = ["linear", "knn", "nmi", "ami", "acc", "acc_inst", "acc_proto"]
+COLUMNS = ["experiment", "data", "arm", "seed", *FIGURES, "images_seen", "minutes", "command", "commit"]
+
+
+def command_of(data, flags, seed):
+    """The run as a reader can type it. Of a flag given twice the last counts: equal runs have equal commands."""
+    chosen = {}
+    for word in f"{SIZES[data]} {flags} --seed {seed}".split():
+        if word[0] in "-@":
+            name = word.replace("--no-", "--")
+            before, chosen[name] = chosen.get(name), [word]
+        else:
+            chosen[name].append(str(int(word[1:]) * int(before[1])) if word[0] == "x" else word)
+    patches = ",".join(name[1:] for name in chosen if name[0] == "@")
+    script = f"benchmarks/experiments.py --patched {patches} --" if patches else "main_pcl.py"
+    words = [word for name in chosen if name[0] != "@" for word in chosen[name]]
+    return " ".join(["python", script, *([] if data == "D" else [data]), *words])
+
+
+def directory_of(command, runs):
+    return runs.resolve() / command.removeprefix("python ").replace("/", "-").replace(" --", "_").replace(" ", "-")
+
+
+def read(path):
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def run(row, places, runs):
+    """Begin or take up the run row["command"], evaluate it, fill in the row. Returns None where that fails."""
+    directory, git = directory_of(row["command"], runs), ["git", "-C", str(ROOT)]
+    directory.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit += "-dirty" * (subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", ":!tests"]).returncode == 1)
+    train = [places.get(word, word) for word in row["command"].split()[1:]]
+    with open(directory / "output.txt", "a") as file:
+        options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": file, "stderr": file}
+        status = subprocess.run([sys.executable, *train, "--exp-dir", directory, "--resume"], **options).returncode
+        stopped = status == 1 and "stopped at epoch" in Path(file.name).read_text()[-500:]
+        probe = [sys.executable, "eval_lincls.py", "--exp-dir", directory, "--no-baselines"]
+        if not stopped and (status or subprocess.run(probe, **options).returncode):
+            return print(f"failed, see {file.name}", file=sys.stderr)
+    log, args = read(directory / "log.csv"), json.loads((directory / "args.json").read_text())
+    row |= {x: log[-1][x] for x in ("acc_inst", "acc_proto") if log}
+    if not stopped:
+        found = json.loads((directory / "eval.json").read_text())["figures"]["trained"]
+        row |= {"linear": found["linear"], "knn": next(found[x] for x in found if x.startswith("kNN"))}
+        row |= {x.lower(): found[f"{x} {CLASSES}"] for x in ("NMI", "AMI", "acc")}
+    row |= {x: f"{float(row[x]):.2f}" for x in FIGURES if x in row}
+    n = len(main_pcl.build_datasets(args["data"], args["image_size"]).train) // args["batch_size"] * args["batch_size"]
+    minutes = sum(n / 60 / float(line["images_per_second"]) for line in log)
+    row["images_seen"] = len(log) * n * (4 if args["symmetric"] else 2)
+    return row | {"minutes": f"{minutes:.1f}", "commit": commit}
+
+
+def rows_of(name, rows):
+    for data in EXPERIMENTS[name]["data"]:
+        for arm, flags in EXPERIMENTS[name]["arms"].items():
+            if fits := [
+                x for x in rows if (x["experiment"], x["command"]) == (name, command_of(data, flags, x["seed"]))
+            ]:
+                yield data, arm, fits
+
+
+def table(name, rows):
+    lines = [f"| data | arm | seeds | million images | {' | '.join(FIGURES)} |", "|---" * (4 + len(FIGURES)) + "|"]
+    for data, arm, fits in rows_of(name, rows):
+        stopped, millions = sum(not row["linear"] for row in fits), [int(row["images_seen"]) / 1e6 for row in fits]
+        cells = [data, arm, f"{len(fits)}" + f", {stopped} stopped" * (stopped > 0), f"{np.mean(millions):.3g}"]
+        for values in ([float(row[x]) for row in fits if row[x]] for x in FIGURES):
+            cells.append(f"{np.mean(values):.1f}" if values else "")
+            cells[-1] += f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(name, rows, runs, path):
+    from matplotlib.figure import Figure
+
+    data, figure = EXPERIMENTS[name]["data"], Figure(figsize=(16, 4 * len(EXPERIMENTS[name]["data"])), layout="tight")
+    axes = dict(zip(data, figure.subplots(len(data), 3, squeeze=False), strict=True))
+    for i, (where, arm, fits) in enumerate(rows_of(name, rows)):
+        logs = [line for row in fits for line in read(directory_of(row["command"], runs) / "log.csv")]
+        for ax, curve in zip(axes[where], ("knn", "acc_inst", "loss_inst"), strict=True):
+            epochs = sorted({int(x["epoch"]) for x in logs if x[curve]})
+            seen = [[float(x[curve]) for x in logs if int(x["epoch"]) == epoch] for epoch in epochs]
+            ax.plot(epochs, [*map(np.mean, seen)], ("-", "--", ":")[i // 10 % 3], color=f"C{i % 10}", label=arm)
+            ax.fill_between(epochs, [*map(min, seen)], [*map(max, seen)], color=f"C{i % 10}", alpha=0.15)
+            ax.set(title=f"{where}: {curve}", xlabel="epoch")
+        ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=100)
+
+
+def make_data(source, out):
+    """The first 1,000 training and 200 held-out images a class, of an ImageFolder or of Fashion-MNIST's files."""
+    for part, stem, n in (("train", "train", 1000), ("test", "t10k", 200)):
+        for path in [x for folder in (source / part).glob("*/") for x in sorted(folder.iterdir())[:n]]:
+            (out / part / path.parent.name).mkdir(parents=True, exist_ok=True)
+            (out / part / path.parent.name / path.name).write_bytes(path.read_bytes())
+        if not (source / part).exists():
+            files = [source / f"{stem}-{x}-ubyte.gz" for x in ("images-idx3", "labels-idx1")]
+            pixels, labels = (np.frombuffer(gzip.decompress(x.read_bytes()), np.uint8) for x in files)
+            for i in [i for label in range(CLASSES) for i in np.flatnonzero(labels[8:] == label)[:n]]:
+                (folder := out / part / str(labels[8 + i])).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels[16:].reshape(-1, 28, 28)[i]).save(folder / f"{i:05}.png")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--patched"]:
+        for name in argv[1].split(","):
+            setattr(*PATCHES[name])
+        return main_pcl.main(argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("experiment", nargs="?", choices=EXPERIMENTS)
+    add("-n", type=int, default=1, help="runs at a time, of one thread each")
+    add("--data", nargs="*", default=["D"], metavar="P=DIR", help="the data sets to run on, and where they are")
+    add("--arms", nargs="*", help="default: all")
+    add("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    add("--runs", type=Path, default=Path("runs"), help="directory of the runs")
+    add("--out", type=Path, default=ROOT / "results", help="where experiments.csv and the picture go")
+    add("--table", action="store_true", help="print the table only")
+    add("--make-data", nargs=2, type=Path, metavar=("SOURCE", "OUT"))
+    args = parser.parse_args(argv)
+    if args.make_data:
+        return make_data(*args.make_data)
+    name, path, jobs = args.experiment, args.out / "experiments.csv", []
+    if not args.table:
+        places = {data: str(Path(place).resolve()) for data, _, place in (word.partition("=") for word in args.data)}
+        rows, arms = read(path), EXPERIMENTS[name]["arms"]
+        known = {row["command"]: row for row in rows}  # of other experiments, too
+        for data in [x for x in EXPERIMENTS[name]["data"] if x in places]:
+            for arm, seed in [(x, y) for x in args.arms or arms for y in args.seeds]:
+                command = command_of(data, arms[arm], seed)
+                if all((row["experiment"], row["command"]) != (name, command) for row in rows):
+                    row = {"experiment": name, "data": data, "arm": arm, "seed": seed, "command": command}
+                    jobs.append(known.get(command, {}) | row)
+        with ThreadPool(args.n) as pool:  # its end, as at a Ctrl-C, which reaches the runs too, is that of the queue
+            for row in pool.imap_unordered(lambda job: job if "commit" in job else run(job, places, args.runs), jobs):
+                with open(path, "a", newline="") as file:
+                    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                    writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * (not file.tell()) + [row] * bool(row))
+        draw(name, read(path), args.runs, args.out / f"{name}.png")
+    print(table(name, read(path)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The experiments: patches take effect, a run becomes a row once, table and data are what they should be."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, run, state
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import experiments
+
+import loss
+import main_pcl
+from cluster import Clusters
+
+TRAINED = {"linear": 90, "kNN 200": 80, "NMI 10": 70, "AMI 10": 60, "acc 10": 50, "acc 10 held out": 1}
+
+
+@pytest.fixture
+def patch(monkeypatch):
+    return lambda name: monkeypatch.setattr(*experiments.PATCHES[name], raising=False)
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_every_arm_is_a_command_of_its_own_that_the_program_takes(name):
+    data, arms = experiments.EXPERIMENTS[name]["data"], experiments.EXPERIMENTS[name]["arms"]
+    found = [experiments.command_of(x, flags, 0) for x in data for flags in arms.values()]
+    assert len(set(found)) == len(found)
+    for command in found:
+        patched, _, flags = command.removeprefix("python main_pcl.py ").rpartition(" -- ")
+        main_pcl.get_parser().parse_args(flags.split())
+        assert not patched or set(patched.split()[-1].split(",")) <= experiments.PATCHES.keys()
+        assert len(experiments.directory_of(command, Path()).name) < 255
+    command = experiments.command_of("D", "--lr 1 --symmetric @topk --lr 2 --no-symmetric --epochs x2", 3)
+    flags = "--amp --cos --epochs 400 --warmup 20 --lr 2 --no-symmetric --seed 3"
+    assert command == f"python benchmarks/experiments.py --patched topk -- {flags}"
+
+
+@pytest.mark.parametrize("name", ["predictor", "fork"])
+def test_a_head_of_ours_trains_and_is_where_it_should_be(name, folder, tmp_path, patch):
+    patch(name)
+    run(folder, *TINY, "--cluster-head", "none", "--warmup", "1", "--epochs", "2", "--exp-dir", tmp_path)
+    assert state(tmp_path)["log"][1]["loss_proto"] > 0
+    moco = main_pcl.MoCo(lambda **kw: main_pcl.build_encoder("resnet18_w4", small_images=True, **kw), 16, 8)
+    images, fork = torch.randn(8, 3, 8, 8), name == "fork"
+    q, k, c, to_cluster = moco(images, images, clustering=True, features=True)
+    pooled = main_pcl.backbone(moco.encoder_q)(images)
+    z, b = moco.encoder_q.fc(pooled)
+    torch.testing.assert_close((q, c), (F.normalize(z), F.normalize(b)))
+    torch.testing.assert_close(to_cluster, c.detach() if fork else k)  # at the start the key encoder is the query's
+    torch.testing.assert_close(b, moco.encoder_q.fc[0].b(pooled if fork else z))
+    before = moco.encoder_k.fc[0].b[0].weight.clone()
+    (q + c).sum().backward()
+    torch.optim.SGD(moco.parameters(), 1.0).step()
+    moco.momentum_update_key_encoder()
+    assert not torch.equal(moco.encoder_k.fc[0].b[0].weight, before) and len(moco(images, images)) == 3
+
+
+def test_the_weight_is_the_gradients(patch):
+    q, clusters = torch.randn(4, 8), [Clusters(torch.arange(4), F.normalize(torch.randn(4, 8)), torch.ones(4))]
+    patch("weight-0.3")
+    x, y = q.clone().requires_grad_(), q.clone().requires_grad_()
+    for function, inputs in ((loss.proto_nce, x), (main_pcl.proto_nce, y)):
+        function(inputs, torch.arange(4), clusters, 8)[0].backward()
+    torch.testing.assert_close(0.3 * x.grad, y.grad)
+
+
+def test_jitter_accuracy_and_clipping(patch):
+    queries, keys, queue = torch.ones(4, 8), torch.ones(4, 8), torch.ones(8, 64)
+    assert main_pcl.RandomView(8).jitter[3] == 0.1 and loss.info_nce(queries, keys, queue, 0.2)[1] == 0
+    for name in ("half-jitter", "topk", "clip-scaled"):
+        patch(name)
+    assert main_pcl.RandomView(8).jitter[3] == 0.05 and loss.info_nce(queries, keys, queue, 0.2)[1] == 100
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer, scaler = torch.optim.SGD([p], 1.0), torch.amp.GradScaler("cpu", enabled=False)
+    scaler.scale(p.sum() * 3).backward()
+    scaler.unscale_(optimizer)
+    assert p.grad.norm().item() == pytest.approx(1 / scaler.get_scale(), rel=1e-4) and scaler.get_scale() > 1000
+
+
+def test_a_run_becomes_a_row_once_and_rows_a_table(folder, tmp_path, monkeypatch, capsys):
+    arms, launched, original = {"a": "--lr 0.1", "b": "--lr 0.2", "nan": "--lr 9"}, [], subprocess.run
+    for name in ("one", "two"):
+        monkeypatch.setitem(experiments.EXPERIMENTS, name, {"data": "P", "title": "?", "arms": arms})
+    monkeypatch.setitem(experiments.SIZES, "P", "-b 16 --symmetric")
+
+    def fake(words, **options):
+        if words[0] == "git":
+            return original(words, **options)
+        launched.append(words)
+        directory, text = Path(words[words.index("--exp-dir") + 1]), "10,20,3,100,\n1,40,50,2,100,30\n"
+        (directory / "log.csv").write_text(f"epoch,acc_inst,acc_proto,loss_inst,images_per_second,knn\n0,{text}")
+        args = {"data": str(folder), "image_size": 8, "batch_size": 16, "symmetric": True}
+        (directory / "args.json").write_text(json.dumps(args))
+        (directory / "eval.json").write_text(json.dumps({"figures": {"trained": TRAINED}}))
+        print("stopped at epoch 2" if "9" in words else "", file=options["stdout"], flush=True)
+        return subprocess.CompletedProcess(words, int("9" in words))
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    options = ["--data", f"P={folder}", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--seeds"]
+    for more, launches in ((["0", "1"], 10), (["0", "1", "2", "--arms", "a"], 12)):
+        experiments.main(["one", *options, *more])
+        assert len(launched) == launches  # each of training and evaluation, but for what was stopped
+    experiments.main(["two", *options, "0", "--arms", "a"])
+    assert len(launched) == 12 and (tmp_path / "one.png").exists()
+    rows = experiments.read(tmp_path / "experiments.csv")
+    assert len(rows) == 8 and list(rows[0]) == experiments.COLUMNS and int(rows[0]["images_seen"]) == 2 * 3 * 16 * 4
+    assert {row["command"] for row in rows} >= {"python main_pcl.py P -b 16 --symmetric --lr 0.1 --seed 2"}
+    lines = experiments.table("one", rows).splitlines()
+    cells = [f"{x:.1f} ± 0.0" for x in (90, 80, 70, 60, 50, 40, 50)]
+    assert lines[2] == f"| P | a | 3 | 0.000384 | {' | '.join(cells)} |"
+    assert lines[4].startswith("| P | nan | 2, 2 stopped | 0.000384 |  |") and "40.0 ± 0.0" in lines[4]
+    arms["a"] = "--lr 0.3"  # a row of another command is not the arm's
+    assert "| a |" not in experiments.table("one", rows)
+
+
+def test_data_is_the_first_of_each_class(tmp_path):
+    for stem, n in (("train", 30), ("t10k", 10)):
+        for kind, array in (
+            ("images-idx3", np.zeros(n * 784 + 16)),
+            ("labels-idx1", np.r_[[0] * 8, np.arange(n) % 10]),
+        ):
+            (tmp_path / f"{stem}-{kind}-ubyte.gz").write_bytes(gzip.compress(array.astype(np.uint8).tobytes()))
+    experiments.main(["--make-data", str(tmp_path), str(tmp_path / "F")])
+    assert [x.name for x in sorted((tmp_path / "F/train/3").iterdir())] == [f"{i:05}.png" for i in (3, 13, 23)]
+    experiments.main(["--make-data", str(tmp_path / "F"), str(tmp_path / "P")])
+    f, p = (main_pcl.build_datasets(str(tmp_path / x)) for x in "FP")
+    assert len(f.train) == 30 and len(f.val) == 10 and f.fingerprint == p.fingerprint
