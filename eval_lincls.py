@@ -79,60 +79,69 @@ def main(argv=None):
 
 def evaluate(path, args, device):
     """The table {row: {figure: percent}} of the checkpoint at `path`, printed and left beside it."""
+    encoder, datasets, args, about = prepare(path, args)
+    networks, table = {"trained": backbone(encoder)}, {}
+    if args.baselines:
+        networks["untrained"] = backbone(build_encoder(about["arch"], small_images=encoder.conv1.kernel_size == (3, 3)))
+        networks["raw pixels"] = nn.Sequential(nn.AdaptiveAvgPool2d(min(datasets.image_size, 32)), nn.Flatten(1))
+    beside = f"{path}." if args.pretrained else f"{path.parent}/"
+    for name, network in networks.items():
+        train = extract_all(network.to(device).eval(), datasets.plain, args, device)
+        val = None if datasets.val is None else extract_all(network, datasets.val, args, device)
+        scores = None
+        if args.protocol == "moco" and name == "trained" and datasets.labelled:
+            key = [path.stat().st_mtime_ns, datasets.fingerprint, datasets.image_size, args.batch_size, args.seed]
+            scores = published_probe(network, val, datasets, args, device, Path(f"{beside}probe.pth.tar"), key)
+        if get_rank_and_world()[0] > 0:
+            continue
+        table[name] = probes(train, val, datasets, scores, args) if datasets.labelled else {}
+        levels = run_kmeans(F.normalize(train, dim=1).cpu().numpy(), args.num_cluster, 0.2, args.seed)
+        table[name] |= agreements(levels, val, datasets)
+        if name == "trained" and val is not None:
+            of_map = val, datasets.val.labels, datasets.classes, levels[-1].centroids
+    if get_rank_and_world()[0] == 0:
+        print_table(table)
+        report = json.dumps(about | checkpoint.ran_on(device) | {"figures": table}, indent=2)
+        checkpoint.write_atomically(Path(f"{beside}eval.json"), report.encode())
+        if datasets.val is not None:
+            pictures.draw_map(Path(f"{beside}map.png"), *of_map)
+        if args.export:
+            small = encoder.conv1.kernel_size == (3, 3)
+            print(f"to load {args.export}: {weights.export(args.export, encoder, about['arch'], small)}")
+    return table
+
+
+def prepare(path, args):
+    """(encoder with the checkpoint's weights, Datasets, arguments filled in, what is evaluated as a dict), and a header.
+    Ends the program in one line where something is missing or does not fit."""
     if not path.exists():
         cli.fail(f"there is no {path}; train first with python main_pcl.py, or name a file with --pretrained")
     loaded = checkpoint.read(path)
     found = weights.find_resnet(loaded, path)
     stored = loaded.get("args") if "run" in loaded and isinstance(loaded.get("args"), dict) else {}
-    data, flip = args.data or stored.get("data"), stored.get("flip")
-    datasets = build_datasets(data, args.image_size or stored.get("image_size"), flip=flip)
-    n, classes, epoch = len(datasets.train), datasets.classes, loaded.get("epoch")
-    args = argparse.Namespace(**vars(args) | {"knn_k": [min(k, n) for k in args.knn_k or [default_k(n)]]})
-    print_main(f"{path}, {found.where}: {found.arch}" + (f", {epoch} epochs" if isinstance(epoch, int) else ""))
-    print_main(f"on {data or 'digits'}: {datasets.describe()}; kNN of {', '.join(map(str, args.knn_k))}")
+    name = args.data or stored.get("data") or "digits"
+    datasets = build_datasets(name, args.image_size or stored.get("image_size"), flip=stored.get("flip"))
+    n, epoch = len(datasets.train), loaded.get("epoch")
     if not any((images.labels >= 0).any() for images in (datasets.plain, datasets.val) if images is not None):
-        cli.fail(
-            "the images have no labels to evaluate with; name a labelled folder: eval_lincls.py DATA --exp-dir DIR"
-        )
+        cli.fail(f"{name} has no labels to evaluate with; name a labelled folder: eval_lincls.py DATA --exp-dir DIR")
     if args.num_cluster and max(args.num_cluster) > n:
         cli.fail(f"{max(args.num_cluster)} clusters are more than the {n} training images; lower --num-cluster")
     num_cluster = args.num_cluster or stored.get("num_cluster") or default_num_cluster(n)
     num_cluster = num_cluster if max(num_cluster) <= n else default_num_cluster(n)  # a run's, on larger data
-    num_cluster = sorted({*num_cluster, min(n, max(2, len(classes)))}, reverse=True)
+    filled_in = {"knn_k": [min(k, n) for k in args.knn_k or [default_k(n)]]}
+    filled_in["num_cluster"] = sorted({*num_cluster, min(n, max(2, len(datasets.classes)))}, reverse=True)
+    print_main(f"{path}, {found.where}: {found.arch}" + (f", {epoch} epochs" if isinstance(epoch, int) else ""))
+    print_main(f"on {name}: {datasets.describe()}; kNN of {', '.join(map(str, filled_in['knn_k']))}")
 
     torch.manual_seed(args.seed)
-    encoder = build_encoder(found.arch, small_images=found.small_images)
+    try:
+        encoder = build_encoder(found.arch, small_images=found.small_images)
+    except ValueError as error:
+        cli.fail(f"{path}: {error}")
     weights.load_backbone(encoder, found, path)
-    networks = {"trained": backbone(encoder)}
-    if args.baselines:
-        networks["untrained"] = backbone(build_encoder(found.arch, small_images=found.small_images))
-        networks["raw pixels"] = nn.Sequential(nn.AdaptiveAvgPool2d(min(datasets.image_size, 32)), nn.Flatten(1))
-    table, beside = {}, f"{path}." if args.pretrained else f"{path.parent}/"
-    for name, network in networks.items():
-        train = extract_all(network.to(device).eval(), datasets.plain, args, device)
-        val = None if datasets.val is None else extract_all(network, datasets.val, args, device)
-        scores = None
-        if args.protocol == "moco" and datasets.labelled and name == "trained":
-            key = [path.stat().st_mtime_ns, datasets.fingerprint, datasets.image_size, args.batch_size, args.seed]
-            scores = published_probe(network, val, datasets, flip, args, device, Path(f"{beside}probe.pth.tar"), key)
-        if get_rank_and_world()[0] == 0:
-            probed = probes(train, val, datasets, scores, args) if datasets.labelled else {}
-            levels = run_kmeans(F.normalize(train, dim=1).cpu().numpy(), num_cluster, 0.2, args.seed)
-            table[name] = probed | agreements(levels, val, datasets)
-            if name == "trained" and datasets.val is not None:
-                map_of = val, datasets.val.labels, classes, levels[-1].centroids
-    if get_rank_and_world()[0] == 0:
-        print_table(table)
-        about = {"checkpoint": str(path), "epoch": epoch, "arch": found.arch, "data": data or "digits"}
-        about |= {"image_size": datasets.image_size, "protocol": args.protocol, "seed": args.seed}
-        report = about | checkpoint.ran_on(device) | {"figures": table}
-        checkpoint.write_atomically(Path(f"{beside}eval.json"), json.dumps(report, indent=2).encode())
-        if datasets.val is not None:
-            pictures.draw_map(Path(f"{beside}map.png"), *map_of)
-        if args.export:
-            line = weights.export(args.export, encoder, found.arch, found.small_images)
-            print(f"to load {args.export}: {line}")
-    return table
+    about = {"checkpoint": str(path), "epoch": epoch, "arch": found.arch, "data": name, "size": datasets.image_size}
+    about |= {"protocol": args.protocol, "seed": args.seed}
+    return encoder, datasets, argparse.Namespace(**vars(args) | filled_in), about
 
 
 def extract_all(network, images, args, device):
@@ -164,12 +173,12 @@ def probes(train, val, datasets, scores, args):
     return figures | {f"kNN {k}": knn_accuracy(train, labels, val, val_labels, k) for k in args.knn_k}
 
 
-def published_probe(network, val, datasets, flip, args, device, file, key):
+def published_probe(network, val, datasets, args, device, file, key):
     """Scores (n, classes) of the features `val` by the published probe, trained on random crops of the training images.
     file: where it stands after each epoch, to go on from where it was begun with the same `key`."""
     rank, world = get_rank_and_world()
-    view = linear_view(datasets.image_size, flip is not False)
-    images, known = Images(datasets.plain.source, view, args.seed), (datasets.plain.labels >= 0).nonzero()[:, 0]
+    view, known = linear_view(datasets.image_size, datasets.augmentation["flip"]), datasets.plain.labels >= 0
+    images, known = Images(datasets.plain.source, view, args.seed), known.nonzero()[:, 0]
     batch_size = min(args.batch_size, len(known)) // world * world
     sampler = EpochSampler(len(known), batch_size, args.seed, rank, world)
     options = {"collate_fn": identity_collate, "num_workers": args.workers}
@@ -189,6 +198,7 @@ def published_probe(network, val, datasets, flip, args, device, file, key):
 
     state = distributed.broadcast_object(checkpoint.read(file) if rank == 0 and file.exists() else None)
     state = state if state is not None and state.get("key") == key else None
+    torch.manual_seed(args.seed)
     return linear_probe(batches, val, len(datasets.classes), epochs=EPOCHS, state=state, save=save)
 
 

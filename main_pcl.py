@@ -314,7 +314,9 @@ def warn(args, datasets):
     """Say what to expect of a run that may disappoint."""
     n = len(datasets.train)
     if n < 1000 or args.pcl_r < 64:
-        few = f"warning: {n} images and a queue of {args.pcl_r} are few: expect clusters of a handful and features little"
+        few = (
+            f"warning: {n} images and a queue of {args.pcl_r} are few: expect clusters of a handful and features little"
+        )
         print_main(f"{few} better than an untrained network's; take 1,000 images or more, or trained weights (--init)")
     if not datasets.labelled:
         print_main("no labels, so no kNN accuracy on the way; evaluate on a labelled folder when the run has ended")

@@ -32,7 +32,7 @@ def find_resnet(checkpoint, path):
         dense = ((n, t) for n, t in level if isinstance(t, torch.Tensor) and not t.is_nested and not t.is_meta)
         tensors |= {n: t for n, t in dense if t.layout == torch.strided and t.dtype in DTYPES}
     blocks = filter(None, map(FIRST_BLOCK.fullmatch, tensors))
-    best = min(blocks, key=lambda block: (bool(KEY_SIDE.search(block[1])), block[2] != "layer1"), default=("", ""))
+    best = min(blocks, key=lambda block: (block[2] != "layer1", bool(KEY_SIDE.search(block[1]))), default=("", ""))
     names = {name[len(best[1]) :]: tensor for name, tensor in tensors.items() if name.startswith(best[1])}
     numbers = sorted({n for n, *_ in (name.split(".") for name in names) if n.isdigit()}, key=lambda n: (len(n), n))
     new = dict(zip(["shortcut", *numbers], TORCHVISION, strict=False))

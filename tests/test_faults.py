@@ -217,6 +217,7 @@ def test_two_runs_in_one_directory(folder, tmp_path, capsys):
     options = [folder, *TINY, "--epochs", 500, "--exp-dir", tmp_path]
     process = subprocess.Popen([sys.executable, MAIN, *map(str, options)], stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
+    process.stdout.readline()  # what is said once args.json is there
     before = (tmp_path / "args.json").stat()
     assert "another run" in fails(capsys, main_pcl.main, *options)
     assert (tmp_path / "args.json").stat().st_ino == before.st_ino

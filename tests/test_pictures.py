@@ -70,7 +70,7 @@ def test_map(draw, monkeypatch, n, k, c):
     labels, names = torch.arange(n) % (c + 1) - 1, ["_hidden", "$x^$ and $", *map(str, range(c - 2))]
     if n > 3000:  # a t-SNE of so many takes long
         monkeypatch.setattr(TSNE, "fit_transform", lambda self, points: points[:, :2])
-    features = torch.randn(n, 8) * (n != 40) + 1  # those of 40 images are all one, as where a network has collapsed
+    features = torch.randn(n, 8) * (n != 40) + torch.eye(8)[0]  # of 40 images all one: a network has collapsed
     draw_map(None, features[:4], labels, names, features)  # too few: nothing is written
     (axes,), _ = draw(draw_map, features, labels, names, features[:k])
     n, k, dots, stars = min(n, 3000), min(k, 1000), axes.collections[0], axes.lines[-1].get_xdata()
