@@ -112,7 +112,7 @@ def evaluate(path, args, device):
 
 
 def prepare(path, args):
-    """(encoder with the checkpoint's weights, Datasets, arguments filled in, what is evaluated as a dict), and a header.
+    """(encoder with the checkpoint's weights, Datasets, arguments filled in, dict of what is evaluated); a header.
     Ends the program in one line where something is missing or does not fit."""
     if not path.exists():
         cli.fail(f"there is no {path}; train first with python main_pcl.py, or name a file with --pretrained")

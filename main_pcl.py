@@ -310,20 +310,6 @@ def fill_in_defaults(args, datasets, world, device):
     return argparse.Namespace(**(vars(args) | defaults | given))
 
 
-def warn(args, datasets):
-    """Say what to expect of a run that may disappoint."""
-    n = len(datasets.train)
-    if n < 1000 or args.pcl_r < 64:
-        few = (
-            f"warning: {n} images and a queue of {args.pcl_r} are few: expect clusters of a handful and features little"
-        )
-        print_main(f"{few} better than an untrained network's; take 1,000 images or more, or trained weights (--init)")
-    if not datasets.labelled:
-        print_main("no labels, so no kNN accuracy on the way; evaluate on a labelled folder when the run has ended")
-    if args.warmup >= args.epochs:
-        print_main(f"--warmup {args.warmup} of {args.epochs} epochs leaves none for ProtoNCE: InfoNCE alone")
-
-
 def check(args, n, world):
     """End the program in one line where the arguments do not fit each other or the `n` training images."""
     b, splits, most = args.batch_size // world, args.bn_splits, max(args.num_cluster)
@@ -418,7 +404,7 @@ def build_and_train(args):
     augmentation = {name: getattr(args, name) for name in AUGMENTATION}
     with distributed.main_process_first():  # for the others may find what it has downloaded
         datasets = build_datasets(args.data, args.image_size, args.seed, **augmentation)
-    print_main(f"{args.data or 'digits'}: {datasets.describe()}")
+    print_main(f"{args.data or 'digits'}: {datasets.describe()}; on {world} x {device}")
     init = weights.find_resnet(checkpoint.read(args.init), args.init) if args.init else None
     if init:
         args.arch, args.stem = args.arch or init.arch, args.stem or ("small" if init.small_images else "imagenet")
@@ -426,7 +412,6 @@ def build_and_train(args):
     args = fill_in_defaults(args, datasets, world, device)
     check(args, len(datasets.train), world)
     datasets = load_into_memory(datasets, device)
-    in_memory = datasets.train.pixels is not None
 
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
@@ -440,24 +425,17 @@ def build_and_train(args):
     run = RunState(data=datasets.fingerprint)
 
     with checkpoint.lock(directory), distributed.StopSignals() as stop:
-        found = checkpoint.find(directory, args.resume, args.overwrite) if rank == 0 else None
-        path = distributed.broadcast_object(found)
-        changes = {}
-        if path:
-            changes = checkpoint.restore(checkpoint.read(path), run, model, optimizer, scaler, args)
-            run.clusters = run.clusters and [Clusters(*level).to(device) for level in run.clusters]
-            print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
+        changes = checkpoint.go_on(directory, run, model, optimizer, scaler, args)
+        run.clusters = run.clusters and [Clusters(*level).to(device) for level in run.clusters]
         if run.epoch >= args.epochs:
             shutil.rmtree(directory / "features", ignore_errors=True)  # of a kill at the very end
             print_main(f"{directory} holds a finished run of {run.epoch} epochs: nothing is left to do")
             return run.log
         if rank == 0:
             checkpoint.write_args(directory, args, run, changes)
-        print_main(
-            f"images {'kept in memory' if in_memory else 'read as needed'}; on {world} x {device}; in {directory}"
-        )
+        print_main(f"images {'read as needed' if datasets.train.pixels is None else 'in memory'}, in {directory}")
         print_main(", ".join(f"{name} {getattr(args, name)}" for name in SIZES))
-        warn(args, datasets)
+        checkpoint.warn(args, len(datasets.train), datasets.labelled)
         first, start = run.epoch, time.time()
         train(model, optimizer, scaler, datasets, run, args, stop)
 

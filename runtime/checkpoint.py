@@ -18,7 +18,7 @@ import filelock
 import torch
 
 from runtime.cli import fail
-from runtime.distributed import RESTARTS, get_rank_and_world, print_main
+from runtime.distributed import RESTARTS, broadcast_object, get_rank_and_world, print_main
 
 OF_THE_MOMENT = ("exp_dir", "resume", "overwrite", "config", "device", "workers", "knn_every")  # no part of a run
 FIXED = ("arch", "stem", "image_size", "low_dim", "mlp", "cluster_head", "pcl_r", "optim")
@@ -132,6 +132,17 @@ def find(directory, resume, overwrite):
     return None
 
 
+def go_on(directory, run, model, optimizer, scaler, args):
+    """Take up the run that --resume or a restart asks for, as `restore` does; {} where a new one begins."""
+    path = find(directory, args.resume, args.overwrite) if get_rank_and_world()[0] == 0 else None
+    path = broadcast_object(path)
+    if path is None:
+        return {}
+    changes = restore(read(path), run, model, optimizer, scaler, args)
+    print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
+    return changes
+
+
 def restore(checkpoint, run, model, optimizer, scaler, args):
     """Bring `run`, the model, the optimizer and the scaler to where a checkpoint of `save` stands.
     Returns the arguments that are not those it was made with, {name: [then, now]}, and prints them. Ends the program in
@@ -229,6 +240,17 @@ def write_log(directory, board, rows, knn_untrained, args):
             board.add_scalar(name, value, row["epoch"])
     table = [row, *(["" if v is None else f"{v:.6g}" for v in row.values()] for row in rows)]
     write_atomically(directory / "log.csv", "".join(f"{','.join(cells)}\n" for cells in table).encode())
+
+
+def warn(args, n, labelled):
+    """Say what to expect of a run on `n` images that may disappoint."""
+    if n < 1000 or args.pcl_r < 64:
+        few = f"warning: {n} images and a queue of {args.pcl_r} are few: expect clusters of a handful, features little"
+        print_main(f"{few} better than an untrained network's; take 1,000 images or more, or trained weights (--init)")
+    if not labelled:
+        print_main("no labels, so no kNN accuracy on the way; evaluate on a labelled folder when the run has ended")
+    if args.warmup >= args.epochs:
+        print_main(f"--warmup {args.warmup} of {args.epochs} epochs leaves none for ProtoNCE: InfoNCE alone")
 
 
 def remedies(row, args):
