@@ -100,9 +100,9 @@ def evaluate(path, args, device):
         if name == "trained" and val is not None:
             of_map = val, datasets.val.labels, datasets.classes, levels[-1].centroids
     if get_rank_and_world()[0] == 0:
-        print_table(table)
         report = json.dumps(about | checkpoint.ran_on(device) | {"figures": table}, indent=2)
         checkpoint.write_atomically(Path(f"{beside}eval.json"), report.encode())
+        print_table(table)
         if datasets.val is not None:
             pictures.draw_map(Path(f"{beside}map.png"), *of_map)
         if args.export:

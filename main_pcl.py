@@ -40,9 +40,13 @@ SYNC_EVERY = 20  # steps between the moments when the host waits for the device,
 SAVE_EVERY = 60  # seconds; of epochs shorter than that, not every one is saved
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip for an overflow
 MAX_KNN = 50_000  # images that the kNN accuracy during training looks at; the evaluation script takes all
-BASE_LR = {"sgd": 0.03, "adamw": 1e-3, "lamb": 5e-3, "lars": 0.3}  # per batch of 256
+# Recipes, with rates per batch of 256: MoCo v2's and PCL's, and one for images up to 64 pixels (README, Results)
+IMAGENET = {"batch_size": 256, "lr": 0.03, "wd": 1e-4, "temperature": 0.2, "moco_m": 0.999, "bn_splits": 8}
+SMALL_IMAGES = {"batch_size": 128, "lr": 0.12, "wd": 5e-4, "temperature": 0.1, "moco_m": 0.99, "bn_splits": 2}
+OPTIMIZERS = {"sgd": {}, "adamw": {"lr": 1e-3, "wd": 0.01}}
+OPTIMIZERS |= {"lamb": {"lr": 5e-3, "wd": 0.02}, "lars": {"lr": 0.3, "wd": 1e-6}}
 AUGMENTATION = ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "flip")
-SIZES = ("arch", "stem", "batch_size", "lr", "pcl_r", "num_cluster", "moco_m", "bn_splits", "cluster_head")
+SIZES = ("arch", "stem", *IMAGENET, "pcl_r", "num_cluster", "cluster_head")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -128,8 +132,8 @@ def e_step(model, images, previous, epoch, args, keys=None):
         for tensor in level:
             distributed.broadcast(tensor, source=i % world)
     if rank == 0 and is_milestone(epoch, args):
-        path, clusters = Path(args.exp_dir) / "prototypes.png", found[args.num_cluster[0]]
-        pictures.draw_prototypes(path, images, features, clusters, epoch)
+        picture = directory.parent / "prototypes.png"
+        pictures.draw_prototypes(picture, images, features, found[args.num_cluster[0]], epoch)
     return [found[k].to(args.device) for k in args.num_cluster]
 
 
@@ -183,8 +187,7 @@ def train(model, optimizer, scaler, datasets, run, args, stop):
         row |= {"lr": learning_rate(epoch + 1 - 1 / steps, args)}
         row |= {"images_per_second": steps * args.batch_size / run.seconds, "skipped": run.skipped, "knn": knn}
         run.log.append(row)
-        if rank == 0:
-            write_log(directory, board, run.log, run.knn_untrained, args)
+        write_log(directory, board, run.log, run.knn_untrained, args)
         run.epoch, run.step, run.totals, run.seconds, run.clusters = epoch + 1, 0, torch.zeros(5), 0.0, next_clusters
         if due:
             save(copy=f"checkpoint_{epoch:04d}.pth.tar" if is_milestone(epoch, args) else None)
@@ -227,8 +230,8 @@ def held_out_knn(model, datasets, args):
     for images in (datasets.plain, datasets.val):
         some = np.arange(0, len(images), -(-len(images) // MAX_KNN))
         with autocast(args):
-            loader = plain_loader(images, some, args)
-            features, index = extract_features(loader, lambda x: network(normalize(x)), args.device)  # (n, D), (n,)
+            found = extract_features(plain_loader(images, some, args), lambda x: network(normalize(x)), args.device)
+        features, index = found  # (n, D), (n,)
         labels = images.labels[index]
         labelled += features[labels >= 0].to(args.device), labels[labels >= 0].to(args.device)
     return distributed.broadcast_object(knn_accuracy(*labelled) if get_rank_and_world()[0] == 0 else None)
@@ -285,28 +288,28 @@ def fill_in_defaults(args, datasets, world, device):
     """The arguments with all that the command line left open and that follows from the data or from another flag."""
     n, image_size, epochs = len(datasets.train), datasets.image_size, args.epochs
     small = image_size <= SMALL
-    batch_size = args.batch_size or min(256, 2 ** int(math.log2(max(8, n / 10)))) // world * world
+    recipe = (SMALL_IMAGES if small else IMAGENET) | OPTIMIZERS[args.optim]
+    batch_size = args.batch_size or min(recipe["batch_size"], 2 ** int(math.log2(max(8, n / 10)))) // world * world
     local_batch = batch_size // world
     bf16 = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     defaults = {
         **datasets.augmentation,
+        **recipe,
         "arch": "resnet18_w16" if image_size <= 16 else "resnet18" if small else "resnet50",
         "stem": "small" if small else "imagenet",
-        "moco_m": 0.99 if small else 0.999,
         "batch_size": batch_size,
-        "lr": BASE_LR[args.optim] * batch_size / 256,
+        "lr": recipe["lr"] * batch_size / 256,
         "lr_warmup": 0 if args.optim == "sgd" else epochs // 20,
         "schedule": [epochs * 6 // 10, epochs * 8 // 10],
         "pcl_r": min(16384, 2 ** int(math.log2(max(1, n / 12)))),
         "num_cluster": default_num_cluster(n),
-        "bn_splits": 1 if local_batch % 2 else math.gcd(max(1, 8 // world), local_batch // 2),
+        "bn_splits": 1 if local_batch % 2 else math.gcd(max(1, recipe["bn_splits"] // world), local_batch // 2),
         "knn_every": max(1, epochs // 20),
         "workers": min(8, max(1, (os.cpu_count() or 1) // world)),
     }
     given = {name: value for name, value in vars(args).items() if value is not None}
-    given |= {"image_size": image_size, "device": device}
-    if args.amp_dtype == "auto":
-        given["amp_dtype"] = "bf16" if bf16 else "fp16"
+    auto = {"amp_dtype": "bf16" if bf16 else "fp16"} if args.amp_dtype == "auto" else {}
+    given |= {"image_size": image_size, "device": device, **auto}
     return argparse.Namespace(**(vars(args) | defaults | given))
 
 
@@ -316,9 +319,8 @@ def check(args, n, world):
     mistakes = {
         f"{n} training images are fewer than one batch of {args.batch_size}; lower --batch-size": args.batch_size > n,
         f"--batch-size {args.batch_size} is not a multiple of the {world} processes": args.batch_size % world,
-        f"{b} images per process do not make {splits} equal groups of at least 2; change --batch-size or --bn-splits": (
-            b % splits or b < 2 * splits
-        ),
+        f"{b} images a process do not make {splits} equal groups of 2 or more; change --bn-splits": b % splits
+        or b < 2 * splits,
         f"{most} clusters are more than the {n} training images; lower --num-cluster": most > n,
         f"--crop-min is a part of the image's area, at most 1, not {args.crop_min}": args.crop_min > 1,
         f"there is no checkpoint {args.resume}": args.resume and not Path(args.resume).exists(),
@@ -333,7 +335,9 @@ def check(args, n, world):
 
 
 def get_parser():
-    parser, switch = cli.Parser(__doc__), argparse.BooleanOptionalAction
+    recipes = {"above 64 pixels": IMAGENET, "up to 64 pixels": SMALL_IMAGES, **OPTIMIZERS}
+    recipes = "\n".join(f"recipe {name}, lr per batch of 256: {values}" for name, values in recipes.items() if values)
+    parser, switch = cli.Parser(__doc__, epilog=recipes), argparse.BooleanOptionalAction
     head = "head b, for the clustering task: none, as published; report, on the momentum key; twin, on both branches"
     features = "what is clustered: the keys of the epoch just trained, or what a pass over the plain images gives"
 
@@ -356,24 +360,24 @@ def get_parser():
     add("--mlp", action=switch, default=True, help="a hidden layer in the heads a and ã")
     add("--cluster-head", choices=("none", "report", "twin"), default="twin", help=head)
     add("--symmetric", action=switch, default=False, help="both views as queries, at twice the work a step")
-    add("--moco-m", type=cli.bounded(float, 0, 1), help="key encoder's momentum; default: 0.999, up to 64 pixels 0.99")
-    add("--bn-splits", type=cli.positive_int, help="batch-norm groups per process, against leaks; default: 8 in all")
+    add("--moco-m", type=cli.bounded(float, 0, 1), help="momentum of the key encoder; default: by recipe")
+    add("--bn-splits", type=cli.positive_int, help="batch-norm groups per process, against leaks; default: by recipe")
     add("--pcl-r", type=cli.positive_int, help="queue length, negative prototypes; default: by data, 16384 at most")
-    add("--temperature", type=cli.positive_float, default=0.2, help="of InfoNCE, and mean of the concentrations")
+    add("--temperature", type=cli.positive_float, help="of InfoNCE, mean of the concentrations; default: by recipe")
     add("--num-cluster", type=cli.int_list, help="comma-separated; default: by data, 25000,50000,100000 for ImageNet")
     add("--features", choices=("keys", "pass"), default="keys", help=features)
     add("--warmup", "--warmup-epoch", type=cli.nonnegative_int, default=20, help="epochs of InfoNCE alone at the start")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=cli.positive_int, default=200, help="epochs in all, the warm-up among them")
-    add("-b", "--batch-size", type=cli.positive_int, help="of all processes; default: 256, less for little data")
-    add("--optim", choices=BASE_LR, default="sgd", help="lamb and lars are timm's")
-    add("--lr", "--learning-rate", type=cli.positive_float, help=f"default: batch size / 256 times {BASE_LR}")
+    add("-b", "--batch-size", type=cli.positive_int, help="of all processes; default: by recipe, less for little data")
+    add("--optim", choices=OPTIMIZERS, default="sgd", help="lamb and lars are timm's")
+    add("--lr", "--learning-rate", type=cli.positive_float, help="default: by recipe and batch size")
     add("--lr-warmup", type=cli.nonnegative_int, help="epochs of linear increase; default: a twentieth, for sgd none")
     add("--cos", action="store_true", help="cosine schedule down to 0, in place of --schedule")
     add("--schedule", type=cli.positive_int, nargs="*", help="epochs where the rate drops x0.1; default: at 60, 80 %%")
     add("--momentum", type=cli.bounded(float, 0, 1), default=0.9, help="of sgd and lars")
-    add("--wd", "--weight-decay", type=cli.nonnegative_float, default=1e-4, dest="wd", help="weight decay")
+    add("--wd", "--weight-decay", type=cli.nonnegative_float, dest="wd", help="weight decay; default: by recipe")
     add("--clip-grad", type=cli.positive_float, help="largest norm of the unscaled gradients; default: no limit")
     add("--amp", action="store_true", help="mixed precision: faster, in less memory")
     add("--amp-dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 where the device has it, else fp16")
@@ -391,14 +395,13 @@ def get_parser():
 # -- a run --------------------------------------------------------------------------------------------------------
 def main(argv=None):
     """Train, and return the figures of every epoch: a list of {column of log.csv: value}."""
-    args = cli.parse_args(get_parser(), argv)
     with cli.errors_in_one_line(DataError):
-        return build_and_train(args)
+        return build_and_train(cli.parse_args(get_parser(), argv))
 
 
 def build_and_train(args):
     device = distributed.init_distributed()
-    rank, world = get_rank_and_world()
+    _, world = get_rank_and_world()
     directory = distributed.broadcast_object(checkpoint.choose_directory(args.exp_dir, args.resume))
     args.exp_dir = str(directory)
     augmentation = {name: getattr(args, name) for name in AUGMENTATION}
@@ -428,11 +431,8 @@ def build_and_train(args):
         changes = checkpoint.go_on(directory, run, model, optimizer, scaler, args)
         run.clusters = run.clusters and [Clusters(*level).to(device) for level in run.clusters]
         if run.epoch >= args.epochs:
-            shutil.rmtree(directory / "features", ignore_errors=True)  # of a kill at the very end
-            print_main(f"{directory} holds a finished run of {run.epoch} epochs: nothing is left to do")
             return run.log
-        if rank == 0:
-            checkpoint.write_args(directory, args, run, changes)
+        checkpoint.write_args(directory, args, run, changes)
         print_main(f"images {'read as needed' if datasets.train.pixels is None else 'in memory'}, in {directory}")
         print_main(", ".join(f"{name} {getattr(args, name)}" for name in SIZES))
         checkpoint.warn(args, len(datasets.train), datasets.labelled)

@@ -140,6 +140,9 @@ def go_on(directory, run, model, optimizer, scaler, args):
         return {}
     changes = restore(read(path), run, model, optimizer, scaler, args)
     print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
+    if run.epoch >= args.epochs:
+        print_main(f"{directory} holds a finished run of {run.epoch} epochs: nothing is left to do")
+        shutil.rmtree(directory / "features", ignore_errors=True)  # of a kill at the very end
     return changes
 
 
@@ -177,6 +180,8 @@ def restore(checkpoint, run, model, optimizer, scaler, args):
 
 def write_args(directory, args, run, changes):
     """Write args.json: the arguments and, under "parts", what each part of the run, from a start to its end, ran on."""
+    if get_rank_and_world()[0] > 0:
+        return
     try:
         parts = json.loads((directory / "args.json").read_text())["parts"] if run.epoch or run.step else []
     except (OSError, ValueError, KeyError, TypeError):  # lost or edited: what is known goes on
@@ -224,7 +229,9 @@ def _tensors_in(value):
 
 def write_log(directory, board, rows, knn_untrained, args):
     """Print the last of `rows`, a dict of figures per epoch, hand it to TensorBoard, write log.csv; warn of a leak.
-    board: a SummaryWriter. knn_untrained: the kNN accuracy before the first step, or None."""
+    board: a SummaryWriter. knn_untrained: the kNN accuracy before the first step, or None. On the first rank alone."""
+    if get_rank_and_world()[0] > 0:
+        return
     row, line = rows[-1], "epoch {epoch:3d}  loss_inst {loss_inst:.3f}  loss_proto {loss_proto:.3f}"
     line += "  acc_inst {acc_inst:5.1f}  acc_proto {acc_proto:5.1f}  lr {lr:.4f}  {images_per_second:.0f} images/s"
     line = line.format(**row) + (f"  {row['skipped']} steps skipped" if row["skipped"] else "")

@@ -24,8 +24,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviations, and whose errors are one line that says what may be meant."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    def __init__(self, description, epilog=None):
+        super().__init__(description=description, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
         unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]

@@ -37,7 +37,7 @@ def test_learning_rate(options, expected):
     assert {progress: rate(progress, **options) for progress in expected} == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
-@pytest.mark.parametrize("optim", main_pcl.BASE_LR)
+@pytest.mark.parametrize("optim", main_pcl.OPTIMIZERS)
 def test_which_weights_decay(optim):
     """A step along gradients of zero shrinks exactly those: sgd's all, the others' but for biases and batch norm."""
     encoder = functools.partial(main_pcl.build_encoder, "resnet18_w4", small_images=True)
@@ -96,8 +96,15 @@ IMAGENET = {
     "amp_dtype": "bf16",
 }
 CIFAR = IMAGENET | {"arch": "resnet18", "stem": "small", "image_size": 32, "pcl_r": 4096, "moco_m": 0.99}
-CIFAR |= {"num_cluster": [976, 1951, 3903]}
-DIGITS = CIFAR | {"arch": "resnet18_w16", "image_size": 8, "batch_size": 128, "lr": 0.015, "pcl_r": 64}
+CIFAR |= {
+    "num_cluster": [976, 1951, 3903],
+    "batch_size": 128,
+    "lr": 0.06,
+    "wd": 5e-4,
+    "temperature": 0.1,
+    "bn_splits": 2,
+}
+DIGITS = CIFAR | {"arch": "resnet18_w16", "image_size": 8, "pcl_r": 64}
 DIGITS |= {"num_cluster": [28, 56, 112]}
 
 
@@ -115,7 +122,8 @@ def test_defaults_follow_the_data(n, image_size, expected):
 
 
 def test_defaults_follow_optimizer_batch_and_processes():
-    assert defaults(50_000, 32, "--optim", "lamb", "-b", "512")["lr"] == pytest.approx(0.01)
+    lamb = defaults(50_000, 32, "--optim", "lamb", "-b", "512")
+    assert (lamb["lr"], lamb["wd"], lamb["temperature"]) == pytest.approx((0.01, 0.02, 0.1))
     assert defaults(50_000, 32, "--optim", "lars")["lr_warmup"] == 10
     eight, three = defaults(1_281_167, 224, world=8), defaults(1_281_167, 224, world=3)
     assert (eight["batch_size"], eight["bn_splits"]) == (256, 1)  # 8 processes are 8 groups
