@@ -13,7 +13,7 @@ from runtime.cli import fail, format_error
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 KEY_SIDE = re.compile(r"(?<![a-z])(k|key|momentum|teacher|ema|target)(?![a-z])", re.I)  # not taken if there is another
 FIRST_BLOCK = re.compile(r"((?:.*[. ])?)(layer1|[0-9]+)\.0\.conv1\.weight", re.DOTALL)
-TORCHVISION = ("downsample", "conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # a Sequential in order
+TORCHVISION = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # the children that have weights, in order
 
 
 class Found(NamedTuple):
@@ -25,20 +25,13 @@ class Found(NamedTuple):
 
 def find_resnet(checkpoint, path):
     """The ResNet in nested dicts, under any prefix, as Found. Ends the program in one line where none can be read."""
-    tensors, level = {}, [("", checkpoint)]
-    for _ in range(8):  # deep; a dict that is there many times is read once at each depth, as it may hold itself
-        dicts = {id(part): (f"{at[:200]}, under " if at else "", part) for at, part in level if isinstance(part, dict)}
-        level = [(at + key, part[key]) for at, part in dicts.values() for key in part if isinstance(key, str)]
-        dense = ((n, t) for n, t in level if isinstance(t, torch.Tensor) and not t.is_nested and not t.is_meta)
-        tensors |= {n: t for n, t in dense if t.layout == torch.strided and t.dtype in DTYPES}
+    tensors = _flatten(checkpoint)
     blocks = filter(None, map(FIRST_BLOCK.fullmatch, tensors))
     best = min(blocks, key=lambda block: (block[2] != "layer1", bool(KEY_SIDE.search(block[1]))), default=("", ""))
-    names = {name[len(best[1]) :]: tensor for name, tensor in tensors.items() if name.startswith(best[1])}
-    numbers = sorted({n for n, *_ in (name.split(".") for name in names) if n.isdigit()}, key=lambda n: (len(n), n))
-    new = dict(zip(["shortcut", *numbers], TORCHVISION, strict=False))
-    renamed = {re.sub(r"^[0-9]+(?=\.)|shortcut", lambda old: new.get(old[0], old[0]), n): t for n, t in names.items()}
-    state = {name: tensor for name, tensor in renamed.items() if re.match(r"(conv1|bn1|layer[0-9]+)\.", name)}
-    where = format_error(best[1].removesuffix(", under ") or "top level")
+    prefix = best[1]
+    names = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    state = _as_in_torchvision(names)
+    where = format_error(prefix.removesuffix(", under ") or "top level")
     first, last = (list(state[n].shape) if n in state else "missing" for n in ("conv1.weight", "layer4.0.conv2.weight"))
     if len(first) != 4 or first[1] != 3 or last != [8 * first[0], 8 * first[0], 3, 3]:  # else as large as claimed
         held = [key[:80] for key in [*names, *getattr(checkpoint, "keys", dict)()] if isinstance(key, str)]
@@ -46,7 +39,27 @@ def find_resnet(checkpoint, path):
         fail(format_error(f"{path} holds no ResNet that can be read: {what}, not [W, 3, k, k] and [8W, 8W, 3, 3]"))
     blocks = {tuple(name.split(".")[:2]) for name in state if name.startswith("layer")}
     depth = 2 + (3 if "layer1.0.conv3.weight" in state else 2) * len(blocks)
-    return Found(f"resnet{depth}" + f"_w{first[0]}" * (first[0] != 64), first[3] == 3, state, where)
+    width = "" if first[0] == 64 else f"_w{first[0]}"
+    return Found(f"resnet{depth}{width}", first[3] == 3, state, where)
+
+
+def _flatten(checkpoint):
+    """The dense tensors in nested dicts, as {"key of a dict, under key in it": tensor}."""
+    tensors, level = {}, [("", checkpoint)]
+    for _ in range(8):  # deep; a dict that is there many times is read once at each depth, as it may hold itself
+        dicts = {id(part): (f"{at[:200]}, under " if at else "", part) for at, part in level if isinstance(part, dict)}
+        level = [(at + key, part[key]) for at, part in dicts.values() for key in part if isinstance(key, str)]
+        dense = ((n, t) for n, t in level if isinstance(t, torch.Tensor) and not t.is_nested and not t.is_meta)
+        tensors |= {n: t for n, t in dense if t.layout == torch.strided and t.dtype in DTYPES}
+    return tensors
+
+
+def _as_in_torchvision(names):
+    """{name: tensor} of a backbone under torchvision's names; lightly's are the numbers of a Sequential's children."""
+    numbers = {name.split(".")[0] for name in names if name.split(".")[0].isdigit()}
+    new = dict(zip(sorted(numbers, key=lambda n: (len(n), n)), TORCHVISION, strict=False)) | {"shortcut": "downsample"}
+    renamed = {re.sub(r"^[0-9]+(?=\.)|shortcut", lambda old: new.get(old[0], old[0]), n): t for n, t in names.items()}
+    return {name: tensor for name, tensor in renamed.items() if re.match(r"(conv1|bn1|layer[0-9]+)\.", name)}
 
 
 @torch.no_grad()
