@@ -35,19 +35,19 @@ import main_pcl  # noqa: E402
 import model  # noqa: E402
 
 # -- the experiments ----------------------------------------------------------------------------------------------
-SMALL = "--symmetric -b 128 --lr 0.06 --wd 5e-4 --temperature 0.1 --cluster-head none"
-IMAGENET = "--no-symmetric -b 128 --lr 0.015 --wd 1e-4 --temperature 0.2 --cluster-head none"  # 0.03 per 256
+SMALL = "--symmetric -b 128 --lr 0.06 --wd 5e-4 --temperature 0.1 --bn-splits 2 --cluster-head none"
+IMAGENET = "--no-symmetric -b 256 --lr 0.03 --wd 1e-4 --temperature 0.2 --bn-splits 8 --cluster-head none"
 PHOTOGRAPHS = "--image-size 16 --amp --cos --epochs 40 --warmup 10 -j 0"
 SIZES = {"P": PHOTOGRAPHS, "F": PHOTOGRAPHS, "D": "--amp --cos --epochs 200 --warmup 20"}
 CLASSES, TWICE, LONG = 10, "--epochs x2 --warmup x2", f"{SMALL} --epochs x5 --warmup x5"
-CHANGES = "--lr 0.015;--lr 0.03;--lr 0.12;--wd 1e-4;--wd 1e-3;--temperature 0.07;--temperature 0.2;-b 64 --lr 0.03;"
-CHANGES += "-b 256 --lr 0.12;--pcl-r 256;--pcl-r 1024;--pcl-r 4096;--moco-m 0.9;--moco-m 0.996;--moco-m 0.999;"
-CHANGES += f"--no-symmetric;--no-symmetric {TWICE}"
+CHANGES = "--lr 0.015;--lr 0.03;--lr 0.12;--wd 1e-4;--wd 1e-3;--temperature 0.07;--temperature 0.2;--bn-splits 1;"
+CHANGES += "--bn-splits 8;-b 64 --lr 0.03;-b 256 --lr 0.12;--pcl-r 256;--pcl-r 1024;--pcl-r 4096;--moco-m 0.9;"
+CHANGES += f"--moco-m 0.996;--moco-m 0.999;--no-symmetric;--no-symmetric {TWICE}"
 RECIPE = {f"ImageNet's {x}".strip(): f"{IMAGENET} {x}" for x in ("", TWICE, "--symmetric")} | {"small images'": SMALL}
 RECIPE |= {flags: f"{SMALL} {flags}" for flags in CHANGES.split(";")}
 JITTER = ("--color-jitter", "@half-jitter", "--no-color-jitter")
 HEADS = {head: f"--cluster-head {head}" for head in ("none", "report", "twin")}
-LAMB = f"{IMAGENET} --optim lamb --lr 2.5e-3 --epochs 40 --warmup 10"  # its default rate at this batch size
+LAMB = f"{IMAGENET} -b 128 --optim lamb --lr 2.5e-3 --epochs 40 --warmup 10"  # its default rate at this batch size
 SUSPECTS = ["--lr 0.03", "--bn-splits 1", HEADS["report"], "--lr-warmup 0", "@clip-scaled", "@topk"]
 R11 = {f"LAMB {x}".strip(): f"{LAMB} {x}" for x in ("", "--lr 0.12", "--clip-grad 1", *SUSPECTS)}
 R11 |= {f"all {x}".strip(): " ".join([LAMB, *SUSPECTS, x]) for x in ("", "--lr 0.12")}
