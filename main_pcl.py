@@ -40,9 +40,10 @@ SYNC_EVERY = 20  # steps between the moments when the host waits for the device,
 SAVE_EVERY = 60  # seconds; of epochs shorter than that, not every one is saved
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip for an overflow
 MAX_KNN = 50_000  # images that the kNN accuracy during training looks at; the evaluation script takes all
-# Recipes, with rates per batch of 256: MoCo v2's and PCL's, and one for images up to 64 pixels (README, Results)
+# Recipes, with rates per batch of 256: MoCo v2's and PCL's, and those for images up to 64 pixels (README, Results)
 IMAGENET = {"batch_size": 256, "lr": 0.03, "wd": 1e-4, "temperature": 0.2, "moco_m": 0.999, "bn_splits": 8}
 SMALL_IMAGES = {"batch_size": 128, "lr": 0.12, "wd": 5e-4, "temperature": 0.1, "moco_m": 0.99, "bn_splits": 2}
+FEW_SMALL_IMAGES = IMAGENET | {"moco_m": 0.99}  # below 5,000, as the digits, which lose a point with the one above
 OPTIMIZERS = {"sgd": {}, "adamw": {"lr": 1e-3, "wd": 0.01}}
 OPTIMIZERS |= {"lamb": {"lr": 5e-3, "wd": 0.02}, "lars": {"lr": 0.3, "wd": 1e-6}}
 AUGMENTATION = ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "flip")
@@ -132,8 +133,8 @@ def e_step(model, images, previous, epoch, args, keys=None):
         for tensor in level:
             distributed.broadcast(tensor, source=i % world)
     if rank == 0 and is_milestone(epoch, args):
-        picture = directory.parent / "prototypes.png"
-        pictures.draw_prototypes(picture, images, features, found[args.num_cluster[0]], epoch)
+        path = directory.parent / "prototypes.png"
+        pictures.draw_prototypes(path, images, features, found[args.num_cluster[0]], epoch)
     return [found[k].to(args.device) for k in args.num_cluster]
 
 
@@ -288,7 +289,7 @@ def fill_in_defaults(args, datasets, world, device):
     """The arguments with all that the command line left open and that follows from the data or from another flag."""
     n, image_size, epochs = len(datasets.train), datasets.image_size, args.epochs
     small = image_size <= SMALL
-    recipe = (SMALL_IMAGES if small else IMAGENET) | OPTIMIZERS[args.optim]
+    recipe = (IMAGENET if not small else SMALL_IMAGES if n >= 5000 else FEW_SMALL_IMAGES) | OPTIMIZERS[args.optim]
     batch_size = args.batch_size or min(recipe["batch_size"], 2 ** int(math.log2(max(8, n / 10)))) // world * world
     local_batch = batch_size // world
     bf16 = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -335,7 +336,7 @@ def check(args, n, world):
 
 
 def get_parser():
-    recipes = {"above 64 pixels": IMAGENET, "up to 64 pixels": SMALL_IMAGES, **OPTIMIZERS}
+    recipes = {"above 64 pixels": IMAGENET, "up to 64": SMALL_IMAGES, "few of them": FEW_SMALL_IMAGES, **OPTIMIZERS}
     recipes = "\n".join(f"recipe {name}, lr per batch of 256: {values}" for name, values in recipes.items() if values)
     parser, switch = cli.Parser(__doc__, epilog=recipes), argparse.BooleanOptionalAction
     head = "head b, for the clustering task: none, as published; report, on the momentum key; twin, on both branches"
@@ -403,8 +404,7 @@ def build_and_train(args):
     device = distributed.init_distributed()
     _, world = get_rank_and_world()
     directory = distributed.broadcast_object(checkpoint.choose_directory(args.exp_dir, args.resume))
-    args.exp_dir = str(directory)
-    augmentation = {name: getattr(args, name) for name in AUGMENTATION}
+    args.exp_dir, augmentation = str(directory), {name: getattr(args, name) for name in AUGMENTATION}
     with distributed.main_process_first():  # for the others may find what it has downloaded
         datasets = build_datasets(args.data, args.image_size, args.seed, **augmentation)
     print_main(f"{args.data or 'digits'}: {datasets.describe()}; on {world} x {device}")

@@ -104,8 +104,8 @@ CIFAR |= {
     "temperature": 0.1,
     "bn_splits": 2,
 }
-DIGITS = CIFAR | {"arch": "resnet18_w16", "image_size": 8, "pcl_r": 64}
-DIGITS |= {"num_cluster": [28, 56, 112]}
+DIGITS = IMAGENET | {"arch": "resnet18_w16", "stem": "small", "image_size": 8, "pcl_r": 64, "moco_m": 0.99}
+DIGITS |= {"num_cluster": [28, 56, 112], "batch_size": 128, "lr": 0.015}
 
 
 @pytest.mark.parametrize(
