@@ -207,7 +207,8 @@ def table(name, rows):
 def draw(name, rows, runs, path):
     from matplotlib.figure import Figure
 
-    data, figure = EXPERIMENTS[name]["data"], Figure(figsize=(16, 4 * len(EXPERIMENTS[name]["data"])), layout="tight")
+    data = list(dict.fromkeys(where for where, _, _ in rows_of(name, rows)))
+    figure = Figure(figsize=(16, 4 * len(data)), layout="tight")
     axes = dict(zip(data, figure.subplots(len(data), 3, squeeze=False), strict=True))
     for i, (where, arm, fits) in enumerate(rows_of(name, rows)):
         logs = [line for row in fits for line in read(directory_of(row["command"], runs) / "log.csv")]
