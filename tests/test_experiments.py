@@ -132,3 +132,12 @@ def test_data_is_the_first_of_each_class(tmp_path):
     experiments.main(["--make-data", str(tmp_path / "F"), str(tmp_path / "P")])
     f, p = (main_pcl.build_datasets(str(tmp_path / x)) for x in "FP")
     assert len(f.train) == 30 and len(f.val) == 10 and f.fingerprint == p.fingerprint
+
+
+def test_the_readmes_tables_are_those_of_the_stored_rows():
+    root = Path(main_pcl.__file__).parent
+    rows, readme = experiments.read(root / "results" / "experiments.csv"), (root / "README.md").read_text()
+    names = {row["experiment"] for row in rows}
+    assert names and all(experiments.table(name, rows) in readme for name in names)
+    shown = [line for line in readme.splitlines() if line.startswith(("| P |", "| F |", "| D |"))]
+    assert len(shown) == sum(len(list(experiments.rows_of(name, rows))) for name in names)
