@@ -2,7 +2,7 @@
 
     python benchmarks/experiments.py --make-data path/to/cifar10 P       # 1,000 + 200 images a class, of train/, test/
     python benchmarks/experiments.py --make-data path/to/fashion-mnist F     # of its *-ubyte.gz; D is the digits
-    python benchmarks/experiments.py recipe --data P=P F=F D -n 2        # what is missing; needs matplotlib
+    python benchmarks/experiments.py recipe --data P=P F=F D -n 2        # what is missing, two at a time
     python benchmarks/experiments.py --table recipe                      # mean ± standard deviation over the seeds
 
 What arms share is run once, in a directory called after the command. Rows of a command that is no longer their arm's

@@ -1,13 +1,12 @@
 """Weights of other projects: find a ResNet's backbone in what a checkpoint holds, load it, write one for others."""
 
-import io
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from runtime.checkpoint import write_atomically
+from runtime.checkpoint import save_tensors
 from runtime.cli import fail, format_error
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
@@ -77,9 +76,8 @@ def load_backbone(encoder, found, path):
 def export(path, encoder, arch, small_images):
     """Write the backbone as {torchvision's name: float32 tensor} for others; returns a line of Python that loads it."""
     state = {n: t.cpu().float().contiguous().clone() for n, t in encoder.state_dict().items() if n[:3] != "fc."}
-    torch.save(state, file := io.BytesIO())
     try:
-        write_atomically(Path(path), file.getbuffer())
+        save_tensors(Path(path), state)
     except (OSError, ValueError) as error:
         fail(format_error(f"cannot write {path} ({error})"))
     load = f"load_state_dict(torch.load({str(path)!r}), strict=False)"
