@@ -76,9 +76,14 @@ def write_atomically(path, data):
 
 def save_tensors(path, value):
     """torch.save, but whole or not at all, and an OSError where the disk is full."""
+    write_atomically(path, _serialized(value))
+
+
+def _serialized(value):
+    """The bytes that torch.save makes of `value`."""
     file = io.BytesIO()
     torch.save(value, file)
-    write_atomically(path, file.getbuffer())
+    return file.getbuffer()
 
 
 def save(directory, run, model, optimizer, scaler, args, copy=None):
@@ -94,9 +99,10 @@ def save(directory, run, model, optimizer, scaler, args, copy=None):
         "args": vars(args),
         "run": vars(run) | {"clusters": run.clusters and [tuple(clusters) for clusters in run.clusters]},
     }
+    data = _serialized(checkpoint)
     for name in (copy, "checkpoint.pth.tar"):  # in this order, or a kill in between would leave the copy out for good
         if name is not None:
-            save_tensors(directory / name, checkpoint)
+            write_atomically(directory / name, data)
 
 
 def choose_directory(exp_dir, resume):
