@@ -2,13 +2,13 @@
 
     python benchmarks/experiments.py --make-data path/to/cifar10 P       # 1,000 + 200 images a class, of train/, test/
     python benchmarks/experiments.py --make-data path/to/fashion-mnist F     # of its *-ubyte.gz; D is the digits
-    python benchmarks/experiments.py recipe --data P=P F=F D -n 2        # what is missing, two at a time
+    python benchmarks/experiments.py recipe R14 --data P=P F=F D -n 2    # what is missing, two at a time
     python benchmarks/experiments.py --table recipe                      # mean ± standard deviation over the seeds
 
-What arms share is run once, in a directory called after the command. Rows of a command that is no longer their arm's
-are left out. A run that stopped, its loss not finite, has the accuracies of its last whole epoch alone. Minutes are the
-training steps'. `--patched NAME,NAME -- FLAGS`, "@NAME" in an arm, is `main_pcl.py FLAGS` with ways that are wrong or
-not in the product; "x2" doubles a value.
+What arms and experiments share is run once, in a directory called after the command. Rows of a command that is no
+longer their arm's are left out. A run that stopped, its loss not finite, has the accuracies of its last whole epoch
+alone. Minutes are the training steps'. `--patched NAME,NAME -- FLAGS`, "@NAME" in an arm, is `main_pcl.py FLAGS` with
+ways that are wrong or not in the product; "x2" doubles a value.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -35,16 +36,15 @@ import main_pcl  # noqa: E402
 import model  # noqa: E402
 
 # -- the experiments ----------------------------------------------------------------------------------------------
-SMALL = "--symmetric -b 128 --lr 0.06 --wd 5e-4 --temperature 0.1 --bn-splits 2 --cluster-head none"
+SMALL = "--no-symmetric -b 128 --lr 0.06 --wd 5e-4 --temperature 0.1 --bn-splits 2 --cluster-head none"
 IMAGENET = "--no-symmetric -b 256 --lr 0.03 --wd 1e-4 --temperature 0.2 --bn-splits 8 --cluster-head none"
 PHOTOGRAPHS = "--image-size 16 --amp --cos --epochs 40 --warmup 10 -j 0"
 SIZES = {"P": PHOTOGRAPHS, "F": PHOTOGRAPHS, "D": "--amp --cos --epochs 200 --warmup 20"}
 CLASSES, TWICE, LONG = 10, "--epochs x2 --warmup x2", f"{SMALL} --epochs x5 --warmup x5"
-CHANGES = "--lr 0.015;--lr 0.03;--lr 0.12;--wd 1e-4;--wd 1e-3;--temperature 0.07;--temperature 0.2;--bn-splits 1;"
-CHANGES += "--bn-splits 8;-b 64 --lr 0.03;-b 256 --lr 0.12;--pcl-r 256;--pcl-r 1024;--pcl-r 4096;--moco-m 0.9;"
-CHANGES += f"--moco-m 0.996;--moco-m 0.999;--no-symmetric;--no-symmetric {TWICE}"
-RECIPE = {f"ImageNet's {x}".strip(): f"{IMAGENET} {x}" for x in ("", TWICE, "--symmetric")} | {"small images'": SMALL}
-RECIPE |= {flags: f"{SMALL} {flags}" for flags in CHANGES.split(";")}
+CHANGES = "--lr 0.03;--lr 0.12;--wd 1e-4;--temperature 0.2;--bn-splits 1;--bn-splits 8;-b 256 --lr 0.12;--pcl-r 4096;"
+CHANGES += "--moco-m 0.9;--moco-m 0.999"
+RECIPE = {"ImageNet's": IMAGENET, "small images'": SMALL, "twice the epochs": f"{SMALL} {TWICE}"}
+RECIPE |= {flags: f"{SMALL} {flags}" for flags in ["--symmetric", *CHANGES.split(";")]}
 JITTER = ("--color-jitter", "@half-jitter", "--no-color-jitter")
 HEADS = {head: f"--cluster-head {head}" for head in ("none", "report", "twin")}
 LAMB = f"{IMAGENET} -b 128 --optim lamb --lr 2.5e-3 --epochs 40 --warmup 10"  # its default rate at this batch size
@@ -157,7 +157,7 @@ def read(path):
 
 
 def run(row, places, runs):
-    """Begin or take up the run row["command"], evaluate it, fill in the row. Returns None where that fails."""
+    """Begin or take up the run row["command"] and evaluate it. Returns the row with its figures, or None on failure."""
     directory, git = directory_of(row["command"], runs), ["git", "-C", str(ROOT)]
     directory.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -171,7 +171,7 @@ def run(row, places, runs):
         if not stopped and (status or subprocess.run(probe, **options).returncode):
             return print(f"failed, see {file.name}", file=sys.stderr)
     log, args = read(directory / "log.csv"), json.loads((directory / "args.json").read_text())
-    row |= {x: log[-1][x] for x in ("acc_inst", "acc_proto") if log}
+    row = row | {x: log[-1][x] for x in ("acc_inst", "acc_proto") if log}
     if not stopped:
         found = json.loads((directory / "eval.json").read_text())["figures"]["trained"]
         row |= {"linear": found["linear"], "knn": next(found[x] for x in found if x.startswith("kNN"))}
@@ -193,11 +193,12 @@ def rows_of(name, rows):
 
 
 def table(name, rows):
-    lines = [f"| data | arm | seeds | million images | {' | '.join(FIGURES)} |", "|---" * (4 + len(FIGURES)) + "|"]
+    """Mean ± standard deviation over the seeds, in Markdown; nothing where a run stopped before its evaluation."""
+    lines = ["| data | arm | seeds | million images | linear | kNN | acc | acc_inst |", "|---" * 8 + "|"]
     for data, arm, fits in rows_of(name, rows):
         stopped, millions = sum(not row["linear"] for row in fits), [int(row["images_seen"]) / 1e6 for row in fits]
         cells = [data, arm, f"{len(fits)}" + f", {stopped} stopped" * (stopped > 0), f"{np.mean(millions):.3g}"]
-        for values in ([float(row[x]) for row in fits if row[x]] for x in FIGURES):
+        for values in ([float(row[x]) for row in fits if row[x]] for x in ("linear", "knn", "acc", "acc_inst")):
             cells.append(f"{np.mean(values):.1f}" if values else "")
             cells[-1] += f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
         lines.append(f"| {' | '.join(cells)} |")
@@ -222,6 +223,31 @@ def draw(name, rows, runs, path):
     figure.savefig(path, dpi=100)
 
 
+def run_missing(args, path):
+    """Runs each command that lacks a row, once, and adds its rows: one for each of the experiments that it is of."""
+    places = {data: str(Path(place).resolve()) for data, _, place in (word.partition("=") for word in args.data)}
+    rows, jobs = read(path), {}
+    for name, experiment in ((x, EXPERIMENTS[x]) for x in args.experiments):
+        chosen = [x for x in args.arms or experiment["arms"] if x in experiment["arms"]]
+        for data, arm, seed in product([x for x in experiment["data"] if x in places], chosen, args.seeds):
+            command = command_of(data, experiment["arms"][arm], seed)
+            row = {"experiment": name, "data": data, "arm": arm, "seed": seed, "command": command}
+            if all((x["experiment"], x["command"]) != (name, command) for x in rows):
+                jobs.setdefault(command, []).append(row)
+    done = {row["command"]: row for row in rows}  # of other experiments, too
+
+    def figures(job):
+        command, (row, *_) = job
+        return command, done[command] if command in done else run(row, places, args.runs)
+
+    with ThreadPool(args.n) as pool:  # its end, as at a Ctrl-C, which reaches the runs too, is that of the queue
+        for command, found in pool.imap_unordered(figures, jobs.items()):
+            with open(path, "a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * (not file.tell()))
+                writer.writerows(found | row for row in jobs[command] if found)
+
+
 def make_data(source, out):
     """The first 1,000 training and 200 held-out images a class, of an ImageFolder or of Fashion-MNIST's files."""
     for part, stem, n in (("train", "train", 1000), ("test", "t10k", 200)):
@@ -244,7 +270,7 @@ def main(argv=None):
         return main_pcl.main(argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("experiment", nargs="?", choices=EXPERIMENTS)
+    add("experiments", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}")
     add("-n", type=int, default=1, help="runs at a time, of one thread each")
     add("--data", nargs="*", default=["D"], metavar="P=DIR", help="the data sets to run on, and where they are")
     add("--arms", nargs="*", help="default: all")
@@ -256,24 +282,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.make_data:
         return make_data(*args.make_data)
-    name, path, jobs = args.experiment, args.out / "experiments.csv", []
+    if unknown := set(args.experiments) - EXPERIMENTS.keys():
+        parser.error(f"no experiment is called {' or '.join(unknown)}")
+    path = args.out / "experiments.csv"
     if not args.table:
-        places = {data: str(Path(place).resolve()) for data, _, place in (word.partition("=") for word in args.data)}
-        rows, arms = read(path), EXPERIMENTS[name]["arms"]
-        known = {row["command"]: row for row in rows}  # of other experiments, too
-        for data in [x for x in EXPERIMENTS[name]["data"] if x in places]:
-            for arm, seed in [(x, y) for x in args.arms or arms for y in args.seeds]:
-                command = command_of(data, arms[arm], seed)
-                if all((row["experiment"], row["command"]) != (name, command) for row in rows):
-                    row = {"experiment": name, "data": data, "arm": arm, "seed": seed, "command": command}
-                    jobs.append(known.get(command, {}) | row)
-        with ThreadPool(args.n) as pool:  # its end, as at a Ctrl-C, which reaches the runs too, is that of the queue
-            for row in pool.imap_unordered(lambda job: job if "commit" in job else run(job, places, args.runs), jobs):
-                with open(path, "a", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                    writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * (not file.tell()) + [row] * bool(row))
-        draw(name, read(path), args.runs, args.out / f"{name}.png")
-    print(table(name, read(path)))
+        run_missing(args, path)
+    for name in args.experiments:
+        if not args.table:
+            draw(name, read(path), args.runs, args.out / f"{name}.png")
+        print(table(name, read(path)))
 
 
 if __name__ == "__main__":
