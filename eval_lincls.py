@@ -149,7 +149,10 @@ def extract_all(network, images, args, device):
     rank, world = get_rank_and_world()
     options = {"collate_fn": identity_collate, "num_workers": args.workers}
     loader = DataLoader(images, args.batch_size, sampler=range(rank, len(images), world), **options)
-    return extract_features(loader, lambda x: network(normalize(x)), device)[0].to(device)
+    features, _ = extract_features(loader, lambda x: network(normalize(x)), device)
+    if not features.isfinite().all():
+        raise DataError("the network's features of these images are not finite")
+    return features.to(device)
 
 
 def probes(train, val, datasets, scores, args):

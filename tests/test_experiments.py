@@ -1,5 +1,6 @@
 """The experiments: patches take effect, a run becomes a row once, table and data are what they should be."""
 
+import functools
 import gzip
 import json
 import subprocess
@@ -15,6 +16,7 @@ from conftest import TINY, run, state
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import experiments
 
+import eval_lincls
 import loss
 import main_pcl
 from cluster import Clusters
@@ -82,6 +84,37 @@ def test_jitter_accuracy_and_clipping(patch):
     scaler.scale(p.sum() * 3).backward()
     scaler.unscale_(optimizer)
     assert p.grad.norm().item() == pytest.approx(1 / scaler.get_scale(), rel=1e-4) and scaler.get_scale() > 1000
+
+
+def test_accuracy_within_a_step_sees_what_the_queue_hides(patch):
+    drift = torch.zeros(16)
+    drift[0] = 5
+    keys, queue = torch.randn(8, 16) + drift, torch.randn(16, 64) - drift[:, None]  # all keys have moved one way
+    queries, keys, queue = F.normalize(torch.randn(8, 16) + drift), F.normalize(keys), F.normalize(queue, dim=0)
+    value, acc = main_pcl.info_nce(queries, keys, queue, 0.2)
+    patch("one-step")
+    patched, within = main_pcl.info_nce(queries, keys, queue, 0.2)
+    assert acc == 100 and within < 80 and value == patched
+    assert main_pcl.info_nce(keys, keys, queue, 0.2)[1] == 100
+
+
+def test_overflow_as_in_float16_and_no_stop_at_it(patch, folder, tmp_path):
+    patch("fp16-range")
+    encoder = functools.partial(main_pcl.build_encoder, "resnet18_w4", small_images=True)
+    moco = main_pcl.MoCo(encoder, 16, 8)
+    assert moco(torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8))[0].isfinite().all()
+    with torch.no_grad():
+        moco.encoder_q.fc[2].weight.fill_(1e6)
+    assert not moco(torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8))[0].isfinite().all()
+    flags = [*TINY, "--warmup", "2", "--epochs", "2", "--lr", "1e20", "--exp-dir", tmp_path / "run"]
+    with pytest.raises(SystemExit, match="stopped at epoch"):
+        run(folder, *flags)
+    patch("go-on")
+    run(folder, *flags, "--overwrite")
+    assert len(state(tmp_path / "run")["log"]) == 2
+    with pytest.raises(SystemExit) as stop:
+        eval_lincls.main(["--exp-dir", str(tmp_path / "run"), "--no-baselines"])
+    assert stop.value.code == 2
 
 
 def test_a_run_becomes_a_row_once_and_rows_a_table(folder, tmp_path, monkeypatch, capsys):
