@@ -15,6 +15,7 @@ import argparse
 import copy
 import csv
 import gzip
+import importlib
 import json
 import math
 import os
@@ -65,6 +66,11 @@ R4 = {f"{j}, {h}": f"{SMALL} {j} {HEADS[h]}" for j in JITTER for h in ("none", "
 R5 = {f"{h}, {n}": f"{SMALL} --warmup {n} {HEADS[h]}" for h in HEADS for n in (0, 5, 10, 20)}
 R5 |= {"any head, 40": f"{SMALL} --warmup 40"}  # InfoNCE alone: a head takes no part
 R13 = {f"{o} --lr {lr}": f"{SMALL} --optim {o} --lr {lr}" for o, rates in RATES.items() for lr in rates}
+PEERS = {"PCL, one view, twice the epochs": f"{SMALL} {TWICE}", "PCL, both views": f"{SMALL} --symmetric"}
+ALONE = f"{SMALL} --warmup x4 --bn-splits 1 @lightly"  # x4: in place of InfoNCE, all the time
+PEERS |= {"MoCo": f"{ALONE}-MoCo --symmetric --bn-splits 8", "BYOL": f"{ALONE}-BYOL --symmetric"}
+PEERS |= {"SimCLR": f"{ALONE}-SimCLR", "NNCLR": f"{ALONE}-NNCLR"}
+PEERS |= {"SwAV": f"{ALONE}-SwAV --optim adamw --lr 1e-3 --wd 1e-6 --lr-warmup 0"}
 EXPERIMENTS = {  # each with three seeds or more
     "recipe": {"arms": RECIPE, "data": "PFD", "title": "What do a recipe for small images and its parts give?"},
     "R4": {"arms": R4, "data": "P", "title": "Does the jitter slow the warm-up, or the head; are features worse?"},
@@ -72,6 +78,7 @@ EXPERIMENTS = {  # each with three seeds or more
     "R11": {"arms": R11, "data": "D", "title": "What makes acc_inst rise to 100, and the loss NaN, under LAMB?"},
     "R13": {"arms": R13, "data": "P", "title": "Which optimizers work, at which rate?"},
     "R14": {"data": "PF", "title": "What beats InfoNCE alone?", "arms": {x: f"{SMALL} {FORMS[x]}" for x in FORMS}},
+    "peers": {"data": "P", "arms": PEERS, "title": "What do other methods give, by lightly and its recipe?"},
     "R14-long": {"data": "PF", "title": "And at 200 epochs?", "arms": {x: f"{LONG} {FORMS[x]}" for x in FORMS}},
 }
 
@@ -196,7 +203,7 @@ def run(row, places, runs):
         if status and not stopped:
             return print(f"failed, see {file.name}", file=sys.stderr)
     log, args = read(directory / "log.csv"), json.loads((directory / "args.json").read_text())
-    row = row | {x: log[-1][x] for x in ("acc_inst", "acc_proto") if log}
+    row = row | {x: log[-1][x] for x in ("acc_inst", "acc_proto") if log and "lightly" not in row["command"]}
     if not status:
         found = json.loads((directory / "eval.json").read_text())["figures"]["trained"]
         row |= {"linear": found["linear"], "knn": next(found[x] for x in found if x.startswith("kNN"))}
@@ -291,7 +298,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--patched"]:
         for name in argv[1].split(","):
-            setattr(*PATCHES[name])
+            setattr(*(importlib.import_module("peers").PATCHES if name.startswith("lightly") else PATCHES)[name])
         return main_pcl.main(argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import importlib
 import json
 import subprocess
 import sys
@@ -37,7 +38,8 @@ def test_every_arm_is_a_command_of_its_own_that_the_program_takes(name):
     for command in found:
         patched, _, flags = command.removeprefix("python main_pcl.py ").rpartition(" -- ")
         main_pcl.get_parser().parse_args(flags.split())
-        assert not patched or set(patched.split()[-1].split(",")) <= experiments.PATCHES.keys()
+        names = set(patched.split()[-1].split(",")) if patched else set()
+        assert all(name in experiments.PATCHES or name.startswith("lightly-") for name in names)
         assert len(experiments.directory_of(command, Path()).name) < 255
     command = experiments.command_of("D", "--lr 1 --symmetric @topk --lr 2 --no-symmetric --epochs x2", 3)
     flags = "--amp --cos --epochs 400 --warmup 20 --lr 2 --no-symmetric --seed 3"
@@ -62,6 +64,20 @@ def test_a_head_of_ours_trains_and_is_where_it_should_be(name, folder, tmp_path,
     torch.optim.SGD(moco.parameters(), 1.0).step()
     moco.momentum_update_key_encoder()
     assert not torch.equal(moco.encoder_k.fc[0].b[0].weight, before) and len(moco(images, images)) == 3
+
+
+@pytest.mark.parametrize("name", ["MoCo", "SimCLR", "BYOL", "SwAV", "NNCLR"])
+def test_a_peer_trains(name, folder, tmp_path, monkeypatch):
+    peer = pytest.importorskip("lightly") and importlib.import_module("peers").PATCHES[f"lightly-{name}"]
+    monkeypatch.setattr(*peer)
+    monkeypatch.setattr(main_pcl, "info_nce", main_pcl.info_nce)  # which the peer replaces
+    symmetric = ["--symmetric"] * (name in ("MoCo", "BYOL"))
+    run(folder, *TINY, "--warmup", "3", "--epochs", "3", "--bn-splits", "1", *symmetric, "--exp-dir", tmp_path)
+    weights = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["state_dict"]
+    moved = [weights[f"module.encoder_{x}.bn1.running_mean"].any() for x in "qk"]
+    assert moved == [True, bool(symmetric)] and all(x.isfinite().all() for x in weights.values())
+    assert all(np.isfinite(row["loss_inst"]) and row["grad_norm"] > 0 for row in state(tmp_path)["log"])
+    eval_lincls.main(["--exp-dir", str(tmp_path), "--no-baselines"])
 
 
 def test_the_weight_is_the_gradients(patch):
