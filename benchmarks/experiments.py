@@ -71,6 +71,8 @@ ALONE = f"{SMALL} --warmup x4 --bn-splits 1 @lightly"  # x4: in place of InfoNCE
 PEERS |= {"MoCo": f"{ALONE}-MoCo --symmetric --bn-splits 8", "BYOL": f"{ALONE}-BYOL --symmetric"}
 PEERS |= {"SimCLR": f"{ALONE}-SimCLR", "NNCLR": f"{ALONE}-NNCLR"}
 PEERS |= {"SwAV": f"{ALONE}-SwAV --optim adamw --lr 1e-3 --wd 1e-6 --lr-warmup 0"}
+PUBLISHED = f"{SMALL} --bn-splits 1 --features pass --blur --num-cluster 390,781,1000 --pcl-r 128"  # which it can do
+PUBLISHED = {"ours": PUBLISHED, "published": f"{PUBLISHED} @published"}
 EXPERIMENTS = {  # each with three seeds or more
     "recipe": {"arms": RECIPE, "data": "PFD", "title": "What do a recipe for small images and its parts give?"},
     "R4": {"arms": R4, "data": "P", "title": "Does the jitter slow the warm-up, or the head; are features worse?"},
@@ -79,6 +81,7 @@ EXPERIMENTS = {  # each with three seeds or more
     "R13": {"arms": R13, "data": "P", "title": "Which optimizers work, at which rate?"},
     "R14": {"data": "PF", "title": "What beats InfoNCE alone?", "arms": {x: f"{SMALL} {FORMS[x]}" for x in FORMS}},
     "peers": {"data": "P", "arms": PEERS, "title": "What do other methods give, by lightly and its recipe?"},
+    "published": {"data": "P", "arms": PUBLISHED, "title": "Does it give what the published code gives?"},
     "R14-long": {"data": "PF", "title": "And at 200 epochs?", "arms": {x: f"{LONG} {FORMS[x]}" for x in FORMS}},
 }
 
@@ -298,7 +301,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--patched"]:
         for name in argv[1].split(","):
-            setattr(*(importlib.import_module("peers").PATCHES if name.startswith("lightly") else PATCHES)[name])
+            elsewhere = {"lightly": "peers", "published": "published"}.get(name.partition("-")[0])
+            setattr(*(importlib.import_module(elsewhere).PATCHES if elsewhere else PATCHES)[name])
         return main_pcl.main(argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -39,7 +39,7 @@ def test_every_arm_is_a_command_of_its_own_that_the_program_takes(name):
         patched, _, flags = command.removeprefix("python main_pcl.py ").rpartition(" -- ")
         main_pcl.get_parser().parse_args(flags.split())
         names = set(patched.split()[-1].split(",")) if patched else set()
-        assert all(name in experiments.PATCHES or name.startswith("lightly-") for name in names)
+        assert all(name in experiments.PATCHES or name.startswith(("lightly-", "published")) for name in names)
         assert len(experiments.directory_of(command, Path()).name) < 255
     command = experiments.command_of("D", "--lr 1 --symmetric @topk --lr 2 --no-symmetric --epochs x2", 3)
     flags = "--amp --cos --epochs 400 --warmup 20 --lr 2 --no-symmetric --seed 3"
