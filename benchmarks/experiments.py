@@ -48,6 +48,8 @@ CHANGES = "--lr 0.03;--lr 0.12;--wd 1e-4;--temperature 0.2;--bn-splits 1;--bn-sp
 CHANGES += "--moco-m 0.9;--moco-m 0.999"
 RECIPE = {"ImageNet's": IMAGENET, "small images'": SMALL, "twice the epochs": f"{SMALL} {TWICE}"}
 RECIPE |= {flags: f"{SMALL} {flags}" for flags in ["--symmetric", *CHANGES.split(";")]}
+DIGITS = ";--cluster-head none;--temperature 0.1;--lr 0.03;--wd 5e-4;--bn-splits 2;--crop-min 0.4;--no-color-jitter;"
+DIGITS += "--symmetric --epochs 100 --warmup 10;--epochs 400 --warmup 40"
 JITTER = ("--color-jitter", "@half-jitter", "--no-color-jitter")
 HEADS = {head: f"--cluster-head {head}" for head in ("none", "report", "twin")}
 LAMB = f"{IMAGENET} -b 128 --optim lamb --lr 2.5e-3 --wd 2e-2 --epochs 40 --warmup 10"  # its defaults at 128
@@ -75,6 +77,11 @@ PUBLISHED = f"{SMALL} --bn-splits 1 --features pass --blur --num-cluster 390,781
 PUBLISHED = {"ours": PUBLISHED, "published": f"{PUBLISHED} @published"}
 EXPERIMENTS = {  # each with three seeds or more
     "recipe": {"arms": RECIPE, "data": "PFD", "title": "What do a recipe for small images and its parts give?"},
+    "digits": {
+        "arms": {x or "default": x for x in DIGITS.split(";")},
+        "data": "D",
+        "title": "Which recipe for few images?",
+    },
     "R4": {"arms": R4, "data": "P", "title": "Does the jitter slow the warm-up, or the head; are features worse?"},
     "R5": {"arms": R5, "data": "P", "title": "Does a longer warm-up help?"},
     "R11": {"arms": R11, "data": "D", "title": "What makes acc_inst rise to 100, and the loss NaN, under LAMB?"},
