@@ -5,13 +5,14 @@
     python benchmarks/experiments.py recipe R14 --data P=P F=F D -n 2    # what is missing, two at a time
     python benchmarks/experiments.py --table recipe                      # mean ± standard deviation over the seeds
 
-What arms and experiments share is run once, in a directory called after the command. Rows of a command that is no
-longer their arm's are left out. A run that stopped, its loss not finite, has the accuracies of its last whole epoch
-alone. Minutes are the training steps'. `--patched NAME,NAME -- FLAGS`, "@NAME" in an arm, is `main_pcl.py FLAGS` with
-ways that are wrong or not in the product; "x2" doubles a value.
+The experiments are in experiments.ini. What they share is run once, in a directory called after the command; a row
+belongs to the arm that has its command. Of a run that stopped, its loss not finite, the row has the accuracies of the
+last whole epoch alone. Minutes are the training steps'. `--patched NAME,NAME -- FLAGS` is `main_pcl.py FLAGS` with
+changes that the product does not have, some of them wrong.
 """
 
 import argparse
+import configparser
 import copy
 import csv
 import gzip
@@ -38,62 +39,25 @@ import loss  # noqa: E402
 import main_pcl  # noqa: E402
 import model  # noqa: E402
 
-# -- the experiments ----------------------------------------------------------------------------------------------
-SMALL = "--no-symmetric -b 128 --lr 0.06 --wd 5e-4 --temperature 0.1 --bn-splits 2 --cluster-head none"
-IMAGENET = "--no-symmetric -b 256 --lr 0.03 --wd 1e-4 --temperature 0.2 --bn-splits 8 --cluster-head none"
 PHOTOGRAPHS = "--image-size 16 --amp --cos --epochs 40 --warmup 10 -j 0"
 SIZES = {"P": PHOTOGRAPHS, "F": PHOTOGRAPHS, "D": "--amp --cos --epochs 200 --warmup 20"}
-CLASSES, TWICE, LONG = 10, "--epochs x2 --warmup x2", f"{SMALL} --epochs x5 --warmup x5"
-CHANGES = "--lr 0.03;--lr 0.12;--wd 1e-4;--temperature 0.2;--bn-splits 1;--bn-splits 8;-b 256 --lr 0.12;--pcl-r 4096;"
-CHANGES += "--moco-m 0.9;--moco-m 0.999"
-RECIPE = {"ImageNet's": IMAGENET, "small images'": SMALL, "twice the epochs": f"{SMALL} {TWICE}"}
-RECIPE |= {flags: f"{SMALL} {flags}" for flags in ["--symmetric", *CHANGES.split(";")]}
-DIGITS = ";--cluster-head none;--temperature 0.1;--lr 0.03;--wd 5e-4;--wd 5e-4 --lr 0.03;--bn-splits 2;--crop-min 0.4"
-DIGITS += ";--no-color-jitter;--symmetric --epochs 100 --warmup 10;--epochs 400 --warmup 40"
-JITTER = {"jitter": "", "half": "@half-jitter", "no jitter": "--no-color-jitter"}
-HEADS = {head: f"--cluster-head {head}" for head in ("none", "report", "twin")}
-LAMB = f"{IMAGENET} -b 128 --optim lamb --lr 2.5e-3 --wd 2e-2 --epochs 40 --warmup 10"  # its defaults at 128
-ONE = ";--lr 0.03;--lr 0.12;--wd 1e-4;--lr-warmup 0;--bn-splits 1;--cluster-head report;@topk;@clip-scaled;@one-step"
-FAST = "@one-step;@topk;@fp16-range;@fp16-range @one-step;@fp16-range @topk @go-on --warmup 40"
-CURES = "--wd 1e-4;--lr-warmup 10;--clip-grad 1;--bn-splits 1;--moco-m 0.9"
-R11 = {f"LAMB {x}".strip(): f"{LAMB} {x}" for x in ONE.split(";")}
-R11 |= {f"LAMB --lr 0.12 {x}": f"{LAMB} --lr 0.12 {x}" for x in FAST.split(";")}
-STEPS = f"{LAMB} -b 32 --epochs 100 --warmup 100 @fp16-range"  # 4,400
-R11 |= {f"LAMB -b 32 @fp16-range {x}": f"{STEPS} {x}" for x in ("--lr 6e-4", "--lr 0.03", "--lr 0.03 --wd 1e-4")}
-R11 |= {f"LAMB {x} @fp16-range": f"{LAMB} --lr 0.12 @fp16-range {x}" for x in ("--lr 0.06", "--lr 0.03")}
-R11 |= {f"LAMB --lr 0.12 @fp16-range {x}": f"{LAMB} --lr 0.12 @fp16-range {x}" for x in CURES.split(";")}
-RATES = {"sgd --wd 5e-4": (0.03, 0.06, 0.12), "adamw --wd 1e-2": (2e-4, 5e-4, 1.5e-3)}  # at batch 128
-RATES |= {"lamb --wd 2e-2": (5e-4, 1.5e-3, 5e-3), "lars --wd 1e-6": (0.15, 0.5, 1.5)}
-FORMS = {"InfoNCE alone": "--warmup x4", **HEADS, "predictor": "@predictor", "fork": "@fork"}
-FORMS |= {"weight 0.1": "@weight-0.1", "weight 0.3": "@weight-0.3", "clusters / 4": "--num-cluster 49,98,195"}
-FORMS |= {"clusters and 10": "--num-cluster 10,195,390,781"}
-R4 = {f"{h}, {j}": f"{SMALL} {HEADS[h]} {JITTER[j]}" for h in ("none", "twin") for j in JITTER}
-R5 = {f"{h}, {n}": f"{SMALL} --warmup {n} {HEADS[h]}" for h in HEADS for n in (0, 5, 10, 20)}
-R5 |= {"any head, 40": f"{SMALL} --warmup 40"}  # InfoNCE alone: a head takes no part
-R13 = {f"{o} --lr {lr}": f"{SMALL} --optim {o} --lr {lr}" for o, rates in RATES.items() for lr in rates}
-PEERS = {"PCL, one view, twice the epochs": f"{SMALL} {TWICE}", "PCL, both views": f"{SMALL} --symmetric"}
-ALONE = f"{SMALL} --warmup x4 --bn-splits 1 @lightly"  # x4: in place of InfoNCE, all the time
-PEERS |= {"MoCo": f"{ALONE}-MoCo --symmetric --bn-splits 8", "BYOL": f"{ALONE}-BYOL --symmetric"}
-PEERS |= {"SimCLR": f"{ALONE}-SimCLR", "NNCLR": f"{ALONE}-NNCLR"}
-PEERS |= {"SwAV": f"{ALONE}-SwAV --optim adamw --lr 1e-3 --wd 1e-6 --lr-warmup 0"}
-PUBLISHED = f"{SMALL} --bn-splits 1 --features pass --blur --num-cluster 390,781,1000 --pcl-r 128"  # which it can do
-PUBLISHED = {"ours": PUBLISHED, "published": f"{PUBLISHED} @published"}
-EXPERIMENTS = {  # each with three seeds or more
-    "recipe": {"arms": RECIPE, "data": "PFD", "title": "What do a recipe for small images and its parts give?"},
-    "digits": {
-        "arms": {x or "default": x for x in DIGITS.split(";")},
-        "data": "D",
-        "title": "Which recipe for few images?",
-    },
-    "R4": {"arms": R4, "data": "P", "title": "Does the jitter slow the warm-up, or the head; are features worse?"},
-    "R5": {"arms": R5, "data": "P", "title": "Does a longer warm-up help?"},
-    "R11": {"arms": R11, "data": "D", "title": "What makes acc_inst rise to 100, and the loss NaN, under LAMB?"},
-    "R13": {"arms": R13, "data": "P", "title": "Which optimizers work, at which rate?"},
-    "R14": {"data": "PF", "title": "What beats InfoNCE alone?", "arms": {x: f"{SMALL} {FORMS[x]}" for x in FORMS}},
-    "peers": {"data": "P", "arms": PEERS, "title": "What do other methods give, by lightly and its recipe?"},
-    "published": {"data": "P", "arms": PUBLISHED, "title": "Does it give what the published code gives?"},
-    "R14-long": {"data": "PF", "title": "And at 200 epochs?", "arms": {x: f"{LONG} {FORMS[x]}" for x in FORMS}},
-}
+CLASSES = 10
+FIGURES = ["linear", "knn", "nmi", "ami", "acc", "acc_inst", "acc_proto"]
+COLUMNS = ["experiment", "data", "arm", "seed", *FIGURES, "images_seen", "minutes", "command", "commit"]
+
+
+def read_experiments(path):
+    """{name: {"question": text, "data": letters, "arms": {name: flags}}} of the file, which says how it is read."""
+    parser, experiments = configparser.ConfigParser(), {}
+    parser.read(path)
+    for name in parser.sections():
+        arms = [line.partition("|") for line in parser[name]["arms"].strip().splitlines()]
+        arms = {arm.strip(): f"{parser[name]['base']} {flags if bar else arm}" for arm, bar, flags in arms}
+        experiments[name] = {**parser[name], "arms": arms}
+    return experiments
+
+
+EXPERIMENTS = read_experiments(Path(__file__).with_suffix(".ini"))
 
 
 # -- ways that are wrong, or not in the product -------------------------------------------------------------------
@@ -172,9 +136,6 @@ PATCHES = {  # owner, name, and what takes its place
     "topk": (loss, "_cross_entropy", cross_entropy_topk),
     "clip-scaled": (torch.amp, "GradScaler", ClipScaled),
 }
-
-FIGURES = ["linear", "knn", "nmi", "ami", "acc", "acc_inst", "acc_proto"]
-COLUMNS = ["experiment", "data", "arm", "seed", *FIGURES, "images_seen", "minutes", "command", "commit"]
 
 
 def command_of(data, flags, seed):
@@ -255,6 +216,7 @@ def draw(name, rows, runs, path):
 
     data = list(dict.fromkeys(where for where, _, _ in rows_of(name, rows)))
     figure = Figure(figsize=(16, 4 * len(data)), layout="tight")
+    figure.suptitle(EXPERIMENTS[name]["question"])
     axes = dict(zip(data, figure.subplots(len(data), 3, squeeze=False), strict=True))
     for i, (where, arm, fits) in enumerate(rows_of(name, rows)):
         logs = [line for row in fits for line in read(directory_of(row["command"], runs) / "log.csv")]

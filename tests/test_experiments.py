@@ -136,7 +136,7 @@ def test_overflow_as_in_float16_and_no_stop_at_it(patch, folder, tmp_path):
 def test_a_run_becomes_a_row_once_and_rows_a_table(folder, tmp_path, monkeypatch, capsys):
     arms, launched, original = {"a": "--lr 0.1", "b": "--lr 0.2", "nan": "--lr 9"}, [], subprocess.run
     for name in ("one", "two"):
-        monkeypatch.setitem(experiments.EXPERIMENTS, name, {"data": "P", "title": "?", "arms": arms})
+        monkeypatch.setitem(experiments.EXPERIMENTS, name, {"data": "P", "question": "?", "arms": arms})
     monkeypatch.setitem(experiments.SIZES, "P", "-b 16 --symmetric")
 
     def fake(words, **options):
