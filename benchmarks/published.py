@@ -30,6 +30,7 @@ TAKEN = ("lr", "wd", "epochs", "batch_size", "temperature", "pcl_r", "moco_m", "
 
 
 def main(argv):
+    """In place of main_pcl.main: train with the published code, and leave a log, arguments and a checkpoint as ours."""
     args = main_pcl.get_parser().parse_args(argv)
     args = main_pcl.fill_in_defaults(args, build_datasets(args.data, args.image_size), 1, "cpu")
     directory, size, seen = Path(args.exp_dir), args.image_size, {}
@@ -47,6 +48,7 @@ def main(argv):
     transforms.RandomResizedCrop = lambda _, scale: Crop(size, scale)
     transforms.Resize, transforms.CenterCrop = lambda _: Resize(size), lambda _: CenterCrop(size)
     torchvision.models.ours = partial(main_pcl.build_encoder, args.arch, small_images=args.stem == "small")
+
     sys.path.insert(0, os.environ["PCL"])
     spec = importlib.util.spec_from_file_location("published_pcl", Path(os.environ["PCL"], "main_pcl.py"))
     theirs = importlib.util.module_from_spec(spec)
@@ -73,6 +75,7 @@ def main(argv):
     words += ["--world-size", "1", "--dist-url", f"file://{directory.resolve() / 'store'}"]
     chosen = theirs.parser.parse_args([args.data, *words])
     chosen.distributed, chosen.num_cluster = True, chosen.num_cluster.split(",")
+
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
