@@ -190,12 +190,10 @@ def run(row, places, runs):
 
 
 def rows_of(name, rows):
-    for data in EXPERIMENTS[name]["data"]:
-        for arm, flags in EXPERIMENTS[name]["arms"].items():
-            if fits := [
-                x for x in rows if (x["experiment"], x["command"]) == (name, command_of(data, flags, x["seed"]))
-            ]:
-                yield data, arm, fits
+    for data, (arm, flags) in product(EXPERIMENTS[name]["data"], EXPERIMENTS[name]["arms"].items()):
+        of_name = [row for row in rows if row["experiment"] == name]
+        if fits := [row for row in of_name if row["command"] == command_of(data, flags, row["seed"])]:
+            yield data, arm, fits
 
 
 def table(name, rows):
