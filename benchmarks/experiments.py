@@ -224,7 +224,8 @@ def draw(name, rows, runs, path):
     figure = Figure(figsize=(16, 4 * len(data)), layout="tight")
     figure.suptitle(EXPERIMENTS[name]["question"])
     axes = dict(zip(data, figure.subplots(len(data), 3, squeeze=False), strict=True))
-    for i, (where, arm, fits) in enumerate(rows_of(name, rows)):
+    for where, arm, fits in rows_of(name, rows):
+        i = list(EXPERIMENTS[name]["arms"]).index(arm)
         logs = [line for row in fits for line in read(directory_of(row["command"], runs) / "log.csv")]
         for ax, curve in zip(axes[where], ("knn", "acc_inst", "loss_inst"), strict=True):
             epochs = sorted({int(x["epoch"]) for x in logs if x[curve]})
