@@ -1,4 +1,4 @@
-"""Prototypical Contrastive Learning with MoCo v2 heads and a cluster head of its own.
+"""Prototypical Contrastive Learning with MoCo v2 heads and, for those who ask for it, a cluster head.
 
 PCL (Li, Zhou, Xiong, Hoi, ICLR 2021, arXiv 2005.04966). Each epoch after the warm-up clusters the momentum features
 of the training images (E-step), then trains with InfoNCE + ProtoNCE against the clusters' prototypes (M-step).
@@ -43,7 +43,7 @@ MAX_KNN = 50_000  # images that the kNN accuracy during training looks at; the e
 # Recipes, with rates per batch of 256: MoCo v2's and PCL's, and those for images up to 64 pixels (README, Results)
 IMAGENET = {"batch_size": 256, "lr": 0.03, "wd": 1e-4, "temperature": 0.2, "moco_m": 0.999, "bn_splits": 8}
 SMALL_IMAGES = {"batch_size": 128, "lr": 0.12, "wd": 5e-4, "temperature": 0.1, "moco_m": 0.99, "bn_splits": 2}
-FEW_SMALL_IMAGES = IMAGENET | {"moco_m": 0.99}  # below 5,000, as the digits, which lose a point with the one above
+FEW_SMALL_IMAGES = IMAGENET | {"moco_m": 0.99}  # below 5,000, as the digits
 OPTIMIZERS = {"sgd": {}, "adamw": {"lr": 1e-3, "wd": 0.01}}
 OPTIMIZERS |= {"lamb": {"lr": 5e-3, "wd": 0.02}, "lars": {"lr": 0.3, "wd": 1e-6}}
 AUGMENTATION = ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "flip")
@@ -72,11 +72,11 @@ def train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run,
         if args.symmetric:  # each view is the query once; all that follows is of 2 N views
             im_q, im_k, index = torch.cat([im_q, im_k]), torch.cat([im_k, im_q]), torch.cat([index, index])
         with autocast(args):
-            q, k, c, to_cluster = forward(im_q, im_k, clusters is not None, features=True)  # (N, D) each
+            q, k, to_cluster = forward(im_q, im_k, clusters is not None, features=True)  # (N, D) each
         loss_inst, acc_inst = info_nce(q, k, model.queue, args.temperature)
         loss_proto = acc_proto = torch.zeros_like(acc_inst)
         if clusters is not None:
-            loss_proto, acc_proto = proto_nce(c, index.to(args.device, non_blocking=True), clusters, args.pcl_r)
+            loss_proto, acc_proto = proto_nce(q, index.to(args.device, non_blocking=True), clusters, args.pcl_r)
         loss = loss_inst + loss_proto
 
         optimizer.zero_grad(set_to_none=True)
@@ -339,7 +339,7 @@ def get_parser():
     recipes = {"above 64 pixels": IMAGENET, "up to 64": SMALL_IMAGES, "few of them": FEW_SMALL_IMAGES, **OPTIMIZERS}
     recipes = "\n".join(f"recipe {name}, lr per batch of 256: {values}" for name, values in recipes.items() if values)
     parser, switch = cli.Parser(__doc__, epilog=recipes), argparse.BooleanOptionalAction
-    head = "head b, for the clustering task: none, as published; report, on the momentum key; twin, on both branches"
+    head = "head b, on the momentum key: none, as published; report, one more layer, from the end of the warm-up on"
     features = "what is clustered: the keys of the epoch just trained, or what a pass over the plain images gives"
 
     add = parser.add_argument_group("data and augmentation").add_argument
@@ -359,7 +359,7 @@ def get_parser():
     add("--stem", choices=("small", "imagenet"), help="small: 3x3, stride 1, no max-pool; default: up to 64 pixels")
     add("--low-dim", type=cli.positive_int, default=128, help="dimension of the features that are compared")
     add("--mlp", action=switch, default=True, help="a hidden layer in the heads a and ã")
-    add("--cluster-head", choices=("none", "report", "twin"), default="twin", help=head)
+    add("--cluster-head", choices=("none", "report"), default="none", help=head)
     add("--symmetric", action=switch, default=False, help="both views as queries, at twice the work a step")
     add("--moco-m", type=cli.bounded(float, 0, 1), help="momentum of the key encoder; default: by recipe")
     add("--bn-splits", type=cli.positive_int, help="batch-norm groups per process, against leaks; default: by recipe")

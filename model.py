@@ -1,10 +1,10 @@
 """The momentum-contrast model: two encoders, their MLP heads a and ã, the cluster head b, the queue.
 
 MoCo (He et al. 2020, arXiv 1911.05722) with the MLP head of MoCo v2 (arXiv 2003.04297), as used by PCL (Li et al.
-2021, arXiv 2005.04966), and a head of its own for the clustering task.
+2021, arXiv 2005.04966); a cluster head on top of the momentum key is a choice.
 
     model = MoCo(functools.partial(build_encoder, "resnet18", small_images=True), dim=128, r=4096)
-    q, k, c = model(im_q, im_k, clustering=True)      # InfoNCE takes q, k and model.queue; ProtoNCE takes c
+    q, k = model(im_q, im_k)                          # InfoNCE takes q, k and model.queue; ProtoNCE takes q
     model.momentum_update_key_encoder()               # after the optimizer's step
     model.dequeue_and_enqueue(k)
 """
@@ -111,8 +111,7 @@ class MoCo(nn.Module):
     base_encoder: callable (num_classes=, norm_layer=) -> module with its last layer in `.fc`.
     dim: D, feature dimension. r: R, queue length. m: momentum of the key encoder.
     mlp: a hidden layer before the last one: heads a and ã.
-    cluster_head: "none", PCL as published; "report", one Linear and ReLU on the momentum key, for every use of the
-        key; "twin", a head of two layers on both branches, for the prototypes alone.
+    cluster_head: "none", PCL as published; "report", b, one Linear and ReLU on the momentum key, for all its uses.
     bn_splits: groups with batch-norm statistics of their own in this process's batch; the keys are dealt out anew
         over the groups of all processes, so that a key's statistics do not tell which query it belongs to.
     `queue`: (D, R) unit columns."""
@@ -129,21 +128,17 @@ class MoCo(nn.Module):
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         if cluster_head == "report":
             self.v = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
-        elif cluster_head == "twin":
-            self.b_q = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
-            self.b_k = copy.deepcopy(self.b_q).requires_grad_(False)
         elif cluster_head != "none":
-            raise ValueError(f"unknown cluster head {cluster_head}; known are none, report and twin")
+            raise ValueError(f"unknown cluster head {cluster_head}; known are none and report")
         self.norms = [module for module in self.modules() if isinstance(module, SplitBatchNorm2d)]
         self.register_buffer("queue", F.normalize(torch.randn(dim, r), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     def forward(self, im_q, im_k, clustering=False, features=False):
-        """Two views (N, 3, H, W) of N images -> q, k, c, each (N, D) float32 with unit rows.
-        q and k are InfoNCE's query and key, c is what ProtoNCE compares with the prototypes (q itself but with a twin
-        head). clustering: the warm-up is over, the cluster head takes part; k has a gradient for the head "report"
-        alone. features: a fourth result, what `encode` makes of im_k, but with batch norm as in training. Raises
-        ValueError where N is not a multiple of `bn_splits`."""
+        """Two views (N, 3, H, W) of N images -> q, k, each (N, D) float32 with unit rows.
+        q and k are InfoNCE's query and key; ProtoNCE compares q with the prototypes. clustering: the warm-up is over,
+        the cluster head takes part, and k has a gradient for it alone. features: a third result, what `encode` makes of
+        im_k, but with batch norm as in training. Raises ValueError where N is not a multiple of `bn_splits`."""
         if len(im_q) % self.bn_splits:
             raise ValueError(f"a batch of {len(im_q)} does not split into {self.bn_splits} equal groups")
         z_q = self.encoder_q(im_q)  # (N, D)
@@ -154,12 +149,11 @@ class MoCo(nn.Module):
         q, k = _unit(z_q), _unit(z_k)
         if clustering and self.cluster_head == "report":
             k = _unit(self.v(k))
-        c = _unit(self.b_q(z_q)) if clustering and self.cluster_head == "twin" else q
-        return (q, k, c, self._to_cluster(z_k)) if features else (q, k, c)
+        return (q, k, self._to_cluster(z_k)) if features else (q, k)
 
     def cluster_head_parameters(self):
         """Names of the parameters that take no part before the cluster head does."""
-        return [name for name, _ in self.named_parameters() if name.startswith(("v.", "b_q."))]
+        return [name for name, _ in self.named_parameters() if name.startswith("v.")]
 
     @torch.no_grad()
     def encode(self, images):
@@ -175,18 +169,12 @@ class MoCo(nn.Module):
         """The momentum head's output (N, D) -> (N, D) float32 unit rows in the space of the prototypes."""
         if self.cluster_head == "report":
             z_k = self.v(_unit(z_k))
-        elif self.cluster_head == "twin":
-            z_k = self.b_k(z_k)
         return _unit(z_k)
 
     @torch.no_grad()
     def momentum_update_key_encoder(self):
         """After the optimizer's step: key branch <- m * key branch + (1 - m) * query branch (MoCo, eq. 2)."""
-        online, average = [*self.encoder_q.parameters()], [*self.encoder_k.parameters()]
-        if self.cluster_head == "twin":
-            online += self.b_q.parameters()
-            average += self.b_k.parameters()
-        self.moving_average(average, online, None)
+        self.moving_average([*self.encoder_k.parameters()], [*self.encoder_q.parameters()], None)
 
     @torch.no_grad()
     def dequeue_and_enqueue(self, k):

@@ -22,6 +22,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -32,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.nn import BatchNorm1d, Conv2d, Linear, ReLU, Sequential  # noqa: E402
 
@@ -62,16 +64,24 @@ EXPERIMENTS = read_experiments(Path(__file__).with_suffix(".ini"))
 
 # -- ways that are wrong, or not in the product -------------------------------------------------------------------
 class HeadB(main_pcl.MoCo):
-    """A predictor: c = normalize(b(z_q)), b on the query side alone, and prototypes of the plain keys; with `fork` b is
-    of the pooled features, beside the head a, and has a momentum twin for the prototypes. In one process."""
+    """ProtoNCE compares c = normalize(b(z_q)) with the prototypes, not q. predictor: b has no momentum twin; the plain
+    keys are clustered. twin: it has one, whose outputs are clustered. fork: so too, but b is of the pooled features,
+    beside the head a. In one process."""
 
-    def __init__(self, *args, fork):
-        super().__init__(*args)
-        self.fork, a, d = fork, self.encoder_q.fc, len(self.queue)
-        fresh = copy.deepcopy(a).apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
-        a[0].b = fresh if fork else Sequential(Linear(d, d), BatchNorm1d(d), ReLU(), Linear(d, d))  # no part of a[0](x)
-        a.register_forward_hook(lambda a, x, z: (z, a[0].b(x[0] if fork else z)))
+    def __init__(self, encoder, d, r, *args, kind):
+        super().__init__(encoder, d, 0 if kind == "twin" else r, *args)
+        self.kind, a = kind, self.encoder_q.fc
+        b = {
+            "predictor": lambda: Sequential(Linear(d, d), BatchNorm1d(d), ReLU(), Linear(d, d)),
+            "twin": lambda: Sequential(Linear(d, d), ReLU(), Linear(d, d)),
+            "fork": lambda: copy.deepcopy(a).apply(lambda x: getattr(x, "reset_parameters", lambda: None)()),
+        }
+        a[0].b = b[kind]()  # no part of a[0](x)
+        if kind == "twin":  # its queue was drawn after b
+            self.queue = F.normalize(torch.randn(d, r), dim=0)
+        a.register_forward_hook(lambda a, x, z: (z, a[0].b(x[0] if kind == "fork" else z)))
         self.encoder_k.fc = copy.deepcopy(a).requires_grad_(False)  # nothing takes a predictor's b
+        main_pcl.proto_nce = lambda q, *others: loss.proto_nce(self.c, *others)
 
     def forward(self, im_q, im_k, clustering=False, features=False):
         z_q, c = self.encoder_q(im_q)
@@ -79,11 +89,11 @@ class HeadB(main_pcl.MoCo):
             im_k, own_rows = self.batch_shuffle(im_k)
             z_k = [z[own_rows] for z in self.encoder_k(im_k)]
             model.move_running_statistics(self.norms)
-        q, k, to_cluster = model._unit(z_q), model._unit(z_k[0]), self._to_cluster(z_k)
-        return (q, k, model._unit(c) if clustering else q, to_cluster)[: 4 if features else 3]
+        self.c = model._unit(c)
+        return (model._unit(z_q), model._unit(z_k[0]), self._to_cluster(z_k))[: 3 if features else 2]
 
     def _to_cluster(self, z_k):
-        return model._unit(z_k[self.fork])
+        return model._unit(z_k[self.kind != "predictor"])
 
 
 def weighted_proto_nce(weight, *args, original=main_pcl.proto_nce):
@@ -125,8 +135,7 @@ class ClipScaled(torch.amp.GradScaler):
 
 
 PATCHES = {  # owner, name, and what takes its place
-    "predictor": (main_pcl, "MoCo", lambda *args: HeadB(*args, fork=False)),
-    "fork": (main_pcl, "MoCo", lambda *args: HeadB(*args, fork=True)),
+    **{kind: (main_pcl, "MoCo", partial(HeadB, kind=kind)) for kind in ("predictor", "twin", "fork")},
     "half-jitter": (main_pcl.RandomView, "jitter", property(lambda x: x.all / 2, lambda x, y: setattr(x, "all", y))),
     "weight-0.1": (main_pcl, "proto_nce", lambda *args: weighted_proto_nce(0.1, *args)),
     "weight-0.3": (main_pcl, "proto_nce", lambda *args: weighted_proto_nce(0.3, *args)),

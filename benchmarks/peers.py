@@ -26,7 +26,7 @@ class Peer(main_pcl.MoCo):
     def forward(self, im_q, im_k, clustering=False, features=False):
         q, k = self.project(im_q).float(), self.project_key(im_k).float()
         move_running_statistics([norm for norm in self.norms if hasattr(norm, "moments")])  # the encoders in use
-        return q, k, q, k
+        return q, k, k
 
     def project(self, images):
         return self.encoder_q(images)

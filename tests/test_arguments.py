@@ -41,7 +41,7 @@ def test_learning_rate(options, expected):
 def test_which_weights_decay(optim):
     """A step along gradients of zero shrinks exactly those: sgd's all, the others' but for biases and batch norm."""
     encoder = functools.partial(main_pcl.build_encoder, "resnet18_w4", small_images=True)
-    model = main_pcl.MoCo(encoder, 8, 16, cluster_head="twin")
+    model = main_pcl.MoCo(encoder, 8, 16, cluster_head="report")
     args = argparse.Namespace(optim=optim, lr=0.1, wd=0.1, momentum=0.9)
     optimizer = main_pcl.build_optimizer(model, args)
     for p in model.parameters():
@@ -51,7 +51,7 @@ def test_which_weights_decay(optim):
     shrunk = {name for name, p in model.named_parameters() if (p < 1).all()}
     assert all((p == 1).all() for name, p in model.named_parameters() if name not in shrunk)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.split(".")[0] for name in trained} == {"encoder_q", "b_q"}
+    assert {name.split(".")[0] for name in trained} == {"encoder_q", "v"}
     spared = {name for name in trained if re.search(r"\.bias$|bn\d|downsample\.1", name)}
     assert len(spared) > 40 and shrunk == (trained if optim == "sgd" else trained - spared)
 

@@ -61,7 +61,7 @@ def test_what_differs_on_resuming_is_named_and_what_cannot_change_refused(folder
     again = [folder, *SHORT, "--exp-dir", tmp_path, "--resume", "--epochs", 3]
     for flag, change in (
         (["-a", "resnet18_w8"], "arch resnet18_w4 -> resnet18_w8"),
-        (["--cluster-head", "none"], "cluster_head twin -> none"),
+        (["--cluster-head", "report"], "cluster_head none -> report"),
         (["--optim", "adamw"], "optim sgd -> adamw"),
         (["--pcl-r", 16], "pcl_r 8 -> 16"),
         (["--low-dim", 64], "low_dim 128 -> 64"),

@@ -46,24 +46,30 @@ def test_every_arm_is_a_command_of_its_own_that_the_program_takes(name):
     assert command == f"python benchmarks/experiments.py --patched topk -- {flags}"
 
 
-@pytest.mark.parametrize("name", ["predictor", "fork"])
-def test_a_head_of_ours_trains_and_is_where_it_should_be(name, folder, tmp_path, patch):
+@pytest.mark.parametrize("name", ["predictor", "twin", "fork"])
+def test_a_head_of_ours_trains_and_is_where_it_should_be(name, folder, tmp_path, patch, monkeypatch):
     patch(name)
+    monkeypatch.setattr(main_pcl, "proto_nce", main_pcl.proto_nce)  # which the head replaces
     run(folder, *TINY, "--cluster-head", "none", "--warmup", "1", "--epochs", "2", "--exp-dir", tmp_path)
     assert state(tmp_path)["log"][1]["loss_proto"] > 0
     moco = main_pcl.MoCo(lambda **kw: main_pcl.build_encoder("resnet18_w4", small_images=True, **kw), 16, 8)
     images, fork = torch.randn(8, 3, 8, 8), name == "fork"
-    q, k, c, to_cluster = moco(images, images, clustering=True, features=True)
+    q, k, to_cluster = moco(images, images, clustering=True, features=True)
+    c = moco.c
     pooled = main_pcl.backbone(moco.encoder_q)(images)
     z, b = moco.encoder_q.fc(pooled)
     torch.testing.assert_close((q, c), (F.normalize(z), F.normalize(b)))
-    torch.testing.assert_close(to_cluster, c.detach() if fork else k)  # at the start the key encoder is the query's
+    clustered = k if name == "predictor" else c.detach()  # at the start the key encoder is the query's
+    torch.testing.assert_close(to_cluster, clustered)
     torch.testing.assert_close(b, moco.encoder_q.fc[0].b(pooled if fork else z))
+    clusters = [Clusters(torch.arange(8), F.normalize(torch.randn(8, 16)), torch.ones(8))]
+    expected = loss.proto_nce(c, torch.arange(8), clusters, 8)
+    assert main_pcl.proto_nce(q, torch.arange(8), clusters, 8) == expected
     before = moco.encoder_k.fc[0].b[0].weight.clone()
     (q + c).sum().backward()
     torch.optim.SGD(moco.parameters(), 1.0).step()
     moco.momentum_update_key_encoder()
-    assert not torch.equal(moco.encoder_k.fc[0].b[0].weight, before) and len(moco(images, images)) == 3
+    assert not torch.equal(moco.encoder_k.fc[0].b[0].weight, before) and len(moco(images, images)) == 2
 
 
 @pytest.mark.parametrize("name", ["MoCo", "SimCLR", "BYOL", "SwAV", "NNCLR"])

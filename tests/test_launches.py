@@ -44,7 +44,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("splits, most", [(8, 900), (1, 600)])
 def test_a_step_of_cifar10s_setting_calls_the_device_seldom(tmp_path, monkeypatch, splits, most):
-    """From one loss to the next, in mixed precision, with three granularities and the twin head."""
+    """From one loss to the next, in mixed precision, with three granularities."""
     rng = np.random.default_rng(0)
     for i in range(128):
         path = tmp_path / "images" / "train" / str(i % 2) / f"{i}.png"

@@ -95,21 +95,20 @@ def test_a_keys_group_shares_as_few_images_as_can_be_with_its_querys():
 def test_each_query_gets_the_key_of_its_own_image_back():
     """Of weights that are the same, and of batch norm that does not look at the batch."""
     model, x = make(bn_splits=4).eval(), torch.randn(32, 3, 8, 8)
-    q, k, _ = model(x, x)
+    q, k = model(x, x)
     torch.testing.assert_close(q, k)
 
 
 def test_momentum_update_is_its_formula():
-    model = make(m=0.9, cluster_head="twin")
+    model = make(m=0.9)
     with torch.no_grad():
-        for p in [*model.encoder_q.parameters(), *model.b_q.parameters()]:
+        for p in model.encoder_q.parameters():
             p.add_(torch.randn_like(p))
-    pairs = [(model.encoder_k, model.encoder_q), (model.b_k, model.b_q)]
-    expected = [0.9 * k + 0.1 * q for a, b in pairs for k, q in zip(a.parameters(), b.parameters(), strict=True)]
+    pairs = zip(model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True)
+    expected = [0.9 * k + 0.1 * q for k, q in pairs]
     queue = model.queue.clone()
     model.momentum_update_key_encoder()
-    got = [k for a, _ in pairs for k in a.parameters()]
-    for e, g in zip(expected, got, strict=True):
+    for e, g in zip(expected, model.encoder_k.parameters(), strict=True):
         torch.testing.assert_close(e, g)
     assert torch.equal(queue, model.queue)
 
@@ -127,34 +126,31 @@ def test_queue_takes_any_batch_and_keeps_the_latest(n):
 
 def test_heads_and_their_gradients():
     x = torch.randn(8, 3, 8, 8)
-    for head in ("none", "report", "twin"):
+    for head in ("none", "report"):
         model = make(cluster_head=head)
-        q, k, c = model(x, x, clustering=True)
-        for y in (q, k, c):
+        q, k = model(x, x, clustering=True)
+        for y in (q, k):
             assert y.dtype == torch.float32
             torch.testing.assert_close(y.norm(dim=1), torch.ones(8))
-        assert (c is q) == (head != "twin") and k.requires_grad == (head == "report")
-        (q * k + c).sum().backward()
+        assert k.requires_grad == (head == "report")
+        (q * k).sum().backward()
         trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
-        assert trained == {"none": {"encoder_q"}, "report": {"encoder_q", "v"}, "twin": {"encoder_q", "b_q"}}[head]
+        assert trained == {"none": {"encoder_q"}, "report": {"encoder_q", "v"}}[head]
 
 
-@pytest.mark.parametrize("head", ["report", "twin"])
-def test_a_dead_cluster_head_gives_no_nan(head):
-    model, x = make(cluster_head=head), torch.randn(4, 3, 8, 8)
-    for layers in (model.v,) if head == "report" else (model.b_q, model.b_k):
-        last = [layer for layer in layers if isinstance(layer, torch.nn.Linear)][-1]
-        torch.nn.init.constant_(last.weight, 0)
-        torch.nn.init.constant_(last.bias, -1 if head == "report" else 0)  # below the ReLU; all outputs are zero
+def test_a_dead_cluster_head_gives_no_nan():
+    model, x = make(cluster_head="report"), torch.randn(4, 3, 8, 8)
+    torch.nn.init.constant_(model.v[0].weight, 0)
+    torch.nn.init.constant_(model.v[0].bias, -1)  # below the ReLU; all outputs are zero
     assert (model.encode(x) == 0).all()
     clusters = run_kmeans(model.encode(x).numpy(), [2], 0.2)
-    q, k, c = model(x, x, clustering=True)
-    loss = info_nce(q, k, model.queue, 0.2)[0] + proto_nce(c, torch.arange(4), clusters, 8)[0]
+    q, k = model(x, x, clustering=True)
+    loss = info_nce(q, k, model.queue, 0.2)[0] + proto_nce(q, torch.arange(4), clusters, 8)[0]
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("head", ["none", "report", "twin"])
+@pytest.mark.parametrize("head", ["none", "report"])
 @pytest.mark.parametrize("clustering", [False, True])
 def test_the_features_of_a_step_are_those_of_encode(head, clustering):
     """But for batch norm, which is that of training; here it is not."""

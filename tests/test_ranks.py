@@ -53,7 +53,7 @@ def one_rank(rank, world, directory):
     model = make_model(bn_splits=2)
     model.encoder_k.eval()  # so that a key does not depend on whom it is computed with
     im_q, im_k = (normalize(x[6 * rank : 6 * rank + 6]) for x in (images().pixels, images().pixels.flip(0)))
-    _, k, _ = model(im_q, im_k)
+    _, k = model(im_q, im_k)
     result = {"k": k, "alone": F.normalize(model.encoder_k(im_k)).detach(), "gathered": concat_all_gather(k)}
     model.dequeue_and_enqueue(k)
     result["queue"] = model.queue

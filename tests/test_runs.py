@@ -18,7 +18,7 @@ import runtime.checkpoint
 
 
 @pytest.mark.parametrize("amp", [[], ["--amp"], ["--amp", "--amp-dtype", "fp16"]], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("head", ["none", "report", "twin"])
+@pytest.mark.parametrize("head", ["none", "report"])
 @pytest.mark.parametrize("optim", ["sgd", "adamw", "lamb", "lars"])
 def test_every_combination_trains(folder, tmp_path, optim, head, amp):
     options = ["--optim", optim, "--cluster-head", head, "--epochs", 2, "--warmup", 1, "--clip-grad", 1]
