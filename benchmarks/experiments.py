@@ -213,14 +213,15 @@ def table(name, rows):
     for data, arm, fits in rows_of(name, rows):
         stopped, millions = sum(not row["linear"] for row in fits), [int(row["images_seen"]) / 1e6 for row in fits]
         cells = [data, arm, f"{len(fits)}" + f", {stopped} stopped" * (stopped > 0), f"{np.mean(millions):.3g}"]
-        for values in ([float(row[x]) for row in fits if row[x]] for x in ("linear", "knn", "acc", "acc_inst")):
-            cells.append(f"{np.mean(values):.1f}" if values else "")
-            cells[-1] += f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        for x in ("linear", "knn", "acc", "acc_inst"):
+            values = [float(row[x]) for row in fits if row[x]]
+            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.1f}{spread}" if values else "")
         pairs = [(row, first[data][row["seed"]]) for row in fits if row["seed"] in first.get(data, ())]
         for x in ("linear", "knn"):
             values = [float(row[x]) - float(other[x]) for row, other in pairs if row[x] and other[x]]
-            error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
-            cells.append(f"{np.mean(values):+.1f} ± {error:.1f}" if len(values) > 1 else "")
+            error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):+.1f}{error}" if values else "")
         first.setdefault(data, {row["seed"]: row for row in fits})
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
