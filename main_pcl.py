@@ -1,4 +1,4 @@
-"""Prototypical Contrastive Learning with MoCo v2 heads and, for those who ask for it, a cluster head.
+"""Prototypical Contrastive Learning with MoCo v2 heads and an optional cluster head.
 
 PCL (Li, Zhou, Xiong, Hoi, ICLR 2021, arXiv 2005.04966). Each epoch after the warm-up clusters the momentum features
 of the training images (E-step), then trains with InfoNCE + ProtoNCE against the clusters' prototypes (M-step).

@@ -1,7 +1,7 @@
 """The momentum-contrast model: two encoders, their MLP heads a and ã, the cluster head b, the queue.
 
 MoCo (He et al. 2020, arXiv 1911.05722) with the MLP head of MoCo v2 (arXiv 2003.04297), as used by PCL (Li et al.
-2021, arXiv 2005.04966); a cluster head on top of the momentum key is a choice.
+2021, arXiv 2005.04966), and an optional cluster head on the momentum key.
 
     model = MoCo(functools.partial(build_encoder, "resnet18", small_images=True), dim=128, r=4096)
     q, k = model(im_q, im_k)                          # InfoNCE takes q, k and model.queue; ProtoNCE takes q

@@ -77,7 +77,7 @@ class HeadB(main_pcl.MoCo):
             "fork": lambda: copy.deepcopy(a).apply(lambda x: getattr(x, "reset_parameters", lambda: None)()),
         }
         a[0].b = b[kind]()  # no part of a[0](x)
-        if kind == "twin":  # its queue was drawn after b
+        if kind == "twin":  # drawn after b, as when its rows were made
             self.queue = F.normalize(torch.randn(d, r), dim=0)
         a.register_forward_hook(lambda a, x, z: (z, a[0].b(x[0] if kind == "fork" else z)))
         self.encoder_k.fc = copy.deepcopy(a).requires_grad_(False)  # nothing takes a predictor's b
@@ -199,8 +199,8 @@ def run(row, places, runs):
 
 
 def rows_of(name, rows):
+    of_name = [row for row in rows if row["experiment"] == name]
     for data, (arm, flags) in product(EXPERIMENTS[name]["data"], EXPERIMENTS[name]["arms"].items()):
-        of_name = [row for row in rows if row["experiment"] == name]
         if fits := [row for row in of_name if row["command"] == command_of(data, flags, row["seed"])]:
             yield data, arm, fits
 
