@@ -170,9 +170,9 @@ def test_a_run_becomes_a_row_once_and_rows_a_table(folder, tmp_path, monkeypatch
     assert {row["command"] for row in rows} >= {"python main_pcl.py P -b 16 --symmetric --lr 0.1 --seed 2"}
     lines = experiments.table("one", rows).splitlines()
     cells = [f"{x:.1f} ± 0.0" for x in (90, 80, 50, 40)]
-    assert lines[2] == f"| P | a | 3 | 0.000384 | {' | '.join(cells)} |  |  |"
+    assert lines[2] == f"| P | a | 3 | 0.000384 | {' | '.join(cells)} |  |  |  |"
     cells[0] = "92.0 ± 1.4"  # of 91 and 93, where the first arm has 90
-    assert lines[3] == f"| P | b | 2 | 0.000384 | {' | '.join(cells)} | +2.0 ± 1.0 | +0.0 ± 0.0 |"
+    assert lines[3] == f"| P | b | 2 | 0.000384 | {' | '.join(cells)} | +2.0 ± 1.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |"
     assert lines[4].startswith("| P | nan | 2, 2 stopped | 0.000384 |  |") and "40.0 ± 0.0" in lines[4]
     arms["a"] = "--lr 0.3"  # a row of another command is not the arm's
     assert "| a |" not in experiments.table("one", rows)
