@@ -195,6 +195,7 @@ def test_data_is_the_first_of_each_class(tmp_path):
 def test_the_readmes_tables_are_those_of_the_stored_rows():
     root = Path(main_pcl.__file__).parent
     rows, readme = experiments.read(root / "results" / "experiments.csv"), (root / "README.md").read_text()
+    assert len({(row["experiment"], row["command"]) for row in rows}) == len(rows)  # no run counts twice
     names = {row["experiment"] for row in rows}
     assert names and all(experiments.table(name, rows) in readme for name in names)
     shown = [line for line in readme.splitlines() if line.startswith(("| P |", "| F |", "| D |"))]
