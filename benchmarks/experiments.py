@@ -208,16 +208,17 @@ def rows_of(name, rows):
 def table(name, rows):
     """In Markdown, mean ± standard deviation over the seeds; nothing where a run stopped before its evaluation. Δ is
     the difference from the data set's first arm, seed by seed: mean ± standard error."""
-    figures, compared = ("linear", "knn", "acc", "acc_inst"), ("linear", "knn", "acc")
-    columns = ["data", "arm", "seeds", "million images", *figures, *(f"Δ {x}" for x in compared)]
-    header = f"| {' | '.join(columns)} |".replace("knn", "kNN")
-    lines, first = [header, "|---" * len(columns) + "|"], {}
+    columns = ["data", "arm", "seeds", "million images", "linear", "kNN", "acc", "acc_inst"]
+    columns += ["Δ linear", "Δ kNN", "Δ acc"]
+    lines, first = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"], {}
     for data, arm, fits in rows_of(name, rows):
         stopped, millions = sum(not row["linear"] for row in fits), [int(row["images_seen"]) / 1e6 for row in fits]
         cells = [data, arm, f"{len(fits)}" + f", {stopped} stopped" * (stopped > 0), f"{np.mean(millions):.3g}"]
-        cells += [mean_and_spread([float(row[x]) for row in fits if row[x]]) for x in figures]
+        cells += [
+            mean_and_spread([float(row[x]) for row in fits if row[x]]) for x in ("linear", "knn", "acc", "acc_inst")
+        ]
         pairs = [(row, first[data][row["seed"]]) for row in fits if row["seed"] in first.get(data, ())]
-        for x in compared:
+        for x in ("linear", "knn", "acc"):
             values = [float(row[x]) - float(other[x]) for row, other in pairs if row[x] and other[x]]
             cells.append(mean_and_spread(values, "+.1f", len(values) ** 0.5))
         first.setdefault(data, {row["seed"]: row for row in fits})
@@ -226,7 +227,7 @@ def table(name, rows):
 
 
 def mean_and_spread(values, form=".1f", divisor=1):
-    """As text, the mean of `values` ± their standard deviation over `divisor`."""
+    """As text, the mean of `values` ± their standard deviation over `divisor`; one value as it is, of none nothing."""
     if len(values) < 2:
         return "".join(f"{x:{form}}" for x in values)
     return f"{np.mean(values):{form}} ± {np.std(values, ddof=1) / divisor:.1f}"
