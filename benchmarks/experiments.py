@@ -214,9 +214,8 @@ def table(name, rows):
     for data, arm, fits in rows_of(name, rows):
         stopped, millions = sum(not row["linear"] for row in fits), [int(row["images_seen"]) / 1e6 for row in fits]
         cells = [data, arm, f"{len(fits)}" + f", {stopped} stopped" * (stopped > 0), f"{np.mean(millions):.3g}"]
-        cells += [
-            mean_and_spread([float(row[x]) for row in fits if row[x]]) for x in ("linear", "knn", "acc", "acc_inst")
-        ]
+        for x in ("linear", "knn", "acc", "acc_inst"):
+            cells.append(mean_and_spread([float(row[x]) for row in fits if row[x]]))
         pairs = [(row, first[data][row["seed"]]) for row in fits if row["seed"] in first.get(data, ())]
         for x in ("linear", "knn", "acc"):
             values = [float(row[x]) - float(other[x]) for row, other in pairs if row[x] and other[x]]
