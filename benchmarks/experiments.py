@@ -25,6 +25,7 @@ import sys
 from functools import partial
 from itertools import product
 from multiprocessing.pool import ThreadPool
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,15 +234,21 @@ def mean_and_spread(values, form=".1f", divisor=1):
 
 
 def draw(name, rows, runs, path):
+    """The curves of those runs that are in the directory `runs`. If there is none, the picture stays as it is."""
     from matplotlib.figure import Figure
 
-    data = list(dict.fromkeys(where for where, _, _ in rows_of(name, rows)))
+    curves = []
+    for data, arm, fits in rows_of(name, rows):
+        logs = [line for row in fits for line in read(directory_of(row["command"], runs) / "log.csv")]
+        curves += [(data, arm, logs)] * bool(logs)
+    if not curves:
+        return
+    data = list(dict.fromkeys(where for where, _, _ in curves))
     figure = Figure(figsize=(16, 4 * len(data)), layout="tight")
     figure.suptitle(EXPERIMENTS[name]["question"])
     axes = dict(zip(data, figure.subplots(len(data), 3, squeeze=False), strict=True))
-    for where, arm, fits in rows_of(name, rows):
+    for where, arm, logs in curves:
         i = list(EXPERIMENTS[name]["arms"]).index(arm)
-        logs = [line for row in fits for line in read(directory_of(row["command"], runs) / "log.csv")]
         for ax, curve in zip(axes[where], ("knn", "acc_inst", "loss_inst"), strict=True):
             epochs = sorted({int(x["epoch"]) for x in logs if x[curve]})
             seen = [[float(x[curve]) for x in logs if int(x["epoch"]) == epoch] for epoch in epochs]
@@ -255,13 +262,13 @@ def draw(name, rows, runs, path):
 def run_missing(args, path):
     """Runs each command that lacks a row, once, and adds its rows: one for each of the experiments that it is of."""
     places = {data: str(Path(place).resolve()) for data, _, place in (word.partition("=") for word in args.data)}
-    rows, jobs = read(path), {}
+    rows, jobs, key = read(path), {}, itemgetter("experiment", "command")
     for name, experiment in ((x, EXPERIMENTS[x]) for x in args.experiments):
         chosen = [x for x in args.arms or experiment["arms"] if x in experiment["arms"]]
         for data, arm, seed in product([x for x in experiment["data"] if x in places], chosen, args.seeds):
             command = command_of(data, experiment["arms"][arm], seed)
             row = {"experiment": name, "data": data, "arm": arm, "seed": seed, "command": command}
-            if all((x["experiment"], x["command"]) != (name, command) for x in rows):
+            if key(row) not in map(key, rows):
                 jobs.setdefault(command, []).append(row)
     done = {row["command"]: row for row in rows}  # of other experiments, too
 
@@ -271,10 +278,11 @@ def run_missing(args, path):
 
     with ThreadPool(args.n) as pool:  # its end, as at a Ctrl-C, which reaches the runs too, is that of the queue
         for command, found in pool.imap_unordered(figures, jobs.items()):
+            stored = set(map(key, read(path)))  # another call may have written the same meanwhile
             with open(path, "a", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
                 writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * (not file.tell()))
-                writer.writerows(found | row for row in jobs[command] if found)
+                writer.writerows(found | row for row in jobs[command] if found and key(row) not in stored)
 
 
 def make_data(source, out):
@@ -306,7 +314,7 @@ def main(argv=None):
     add("--arms", nargs="*", help="default: all")
     add("--seeds", nargs="*", type=int, default=[0, 1, 2])
     add("--runs", type=Path, default=Path("runs"), help="directory of the runs")
-    add("--out", type=Path, default=ROOT / "results", help="where experiments.csv and the picture go")
+    add("--out", type=Path, default=ROOT / "results", help="of rows and pictures; where there are none, all runs anew")
     add("--table", action="store_true", help="print the table only")
     add("--make-data", nargs=2, type=Path, metavar=("SOURCE", "OUT"))
     args = parser.parse_args(argv)

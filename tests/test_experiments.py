@@ -4,6 +4,7 @@ import functools
 import gzip
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,17 +146,19 @@ def test_a_run_becomes_a_row_once_and_rows_a_table(folder, tmp_path, monkeypatch
         monkeypatch.setitem(experiments.EXPERIMENTS, name, {"data": "P", "question": "?", "arms": arms})
     monkeypatch.setitem(experiments.SIZES, "P", "-b 16 --symmetric")
 
-    def fake(words, **options):
+    def fake(words, **keywords):
         if words[0] == "git":
-            return original(words, **options)
+            return original(words, **keywords)
         launched.append(words)
+        if "7" in words and len(launched) == 13:  # another call at the same time
+            experiments.main(["one", *options, "7", "--arms", "a"])
         directory, text = Path(words[words.index("--exp-dir") + 1]), "10,20,3,100,\n1,40,50,2,100,30\n"
         (directory / "log.csv").write_text(f"epoch,acc_inst,acc_proto,loss_inst,images_per_second,knn\n0,{text}")
         args = {"data": str(folder), "image_size": 8, "batch_size": 16, "symmetric": True}
         (directory / "args.json").write_text(json.dumps(args))
         found = TRAINED | ({"linear": 91 + 2 * int(directory.name[-1])} if "lr-0.2" in directory.name else {})
         (directory / "eval.json").write_text(json.dumps({"figures": {"trained": found}}))
-        print("stopped at epoch 2" if "9" in words else "", file=options["stdout"], flush=True)
+        print("stopped at epoch 2" if "9" in words else "", file=keywords["stdout"], flush=True)
         return subprocess.CompletedProcess(words, int("9" in words))
 
     monkeypatch.setattr(subprocess, "run", fake)
@@ -174,6 +177,12 @@ def test_a_run_becomes_a_row_once_and_rows_a_table(folder, tmp_path, monkeypatch
     cells[0] = "92.0 ± 1.4"  # of 91 and 93, where the first arm has 90
     assert lines[3] == f"| P | b | 2 | 0.000384 | {' | '.join(cells)} | +2.0 ± 1.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |"
     assert lines[4].startswith("| P | nan | 2, 2 stopped | 0.000384 |  |") and "40.0 ± 0.0" in lines[4]
+    experiments.main(["one", *options, "7", "--arms", "a"])
+    assert len(launched) == 16 and len(experiments.read(tmp_path / "experiments.csv")) == 9
+    shutil.rmtree(tmp_path / "runs")
+    picture = (tmp_path / "one.png").stat()
+    experiments.main(["one", *options, "0"])
+    assert len(launched) == 16 and (tmp_path / "one.png").stat() == picture
     arms["a"] = "--lr 0.3"  # a row of another command is not the arm's
     assert "| a |" not in experiments.table("one", rows)
 
