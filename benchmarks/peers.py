@@ -31,7 +31,8 @@ class Peer(main_pcl.MoCo):
     def project(self, images):
         return self.encoder_q(images)
 
-    project_key = project
+    def project_key(self, images):
+        return self.project(images)
 
     def dequeue_and_enqueue(self, k):
         """Peers have no queue, or one of their own."""
