@@ -44,7 +44,7 @@ MAX_KNN = 50_000  # images that the kNN accuracy during training looks at; the e
 IMAGENET = {"batch_size": 256, "lr": 0.03, "wd": 1e-4, "temperature": 0.2, "moco_m": 0.999, "bn_splits": 8}
 SMALL_IMAGES = {"batch_size": 128, "lr": 0.12, "wd": 5e-4, "temperature": 0.1, "moco_m": 0.99, "bn_splits": 2}
 FEW_SMALL_IMAGES = IMAGENET | {"moco_m": 0.99}  # below 5,000, as the digits
-OPTIMIZERS = {"sgd": {}, "adamw": {"lr": 1e-3, "wd": 0.01}}
+OPTIMIZERS = {"sgd": {"lr": 0.03}, "adamw": {"lr": 1e-3, "wd": 0.01}}  # rates go with the recipe's: these at 0.03
 OPTIMIZERS |= {"lamb": {"lr": 5e-3, "wd": 0.02}, "lars": {"lr": 0.3, "wd": 1e-6}}
 AUGMENTATION = ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "flip")
 SIZES = ("arch", "stem", *IMAGENET, "pcl_r", "num_cluster", "cluster_head")
@@ -289,7 +289,8 @@ def fill_in_defaults(args, datasets, world, device):
     """The arguments with all that the command line left open and that follows from the data or from another flag."""
     n, image_size, epochs = len(datasets.train), datasets.image_size, args.epochs
     small = image_size <= SMALL
-    recipe = (IMAGENET if not small else SMALL_IMAGES if n >= 5000 else FEW_SMALL_IMAGES) | OPTIMIZERS[args.optim]
+    base = IMAGENET if not small else SMALL_IMAGES if n >= 5000 else FEW_SMALL_IMAGES
+    recipe = base | OPTIMIZERS[args.optim]
     batch_size = args.batch_size or min(recipe["batch_size"], 2 ** int(math.log2(max(8, n / 10)))) // world * world
     local_batch = batch_size // world
     bf16 = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -299,7 +300,7 @@ def fill_in_defaults(args, datasets, world, device):
         "arch": "resnet18_w16" if image_size <= 16 else "resnet18" if small else "resnet50",
         "stem": "small" if small else "imagenet",
         "batch_size": batch_size,
-        "lr": recipe["lr"] * batch_size / 256,
+        "lr": recipe["lr"] * base["lr"] / 0.03 * batch_size / 256,
         "lr_warmup": 0 if args.optim == "sgd" else epochs // 20,
         "schedule": [epochs * 6 // 10, epochs * 8 // 10],
         "pcl_r": min(16384, 2 ** int(math.log2(max(1, n / 12)))),
@@ -337,7 +338,7 @@ def check(args, n, world):
 
 def get_parser():
     recipes = {"above 64 pixels": IMAGENET, "up to 64": SMALL_IMAGES, "few of them": FEW_SMALL_IMAGES, **OPTIMIZERS}
-    recipes = "\n".join(f"recipe {name}, lr per batch of 256: {values}" for name, values in recipes.items() if values)
+    recipes = "\n".join(f"recipe {name}, lr per batch of 256: {values}" for name, values in recipes.items())
     parser, switch = cli.Parser(__doc__, epilog=recipes), argparse.BooleanOptionalAction
     head = "head b, on the momentum key: none, as published; report, one more layer, from the end of the warm-up on"
     features = "what is clustered: the keys of the epoch just trained, or what a pass over the plain images gives"
@@ -373,7 +374,7 @@ def get_parser():
     add("--epochs", type=cli.positive_int, default=200, help="epochs in all, the warm-up among them")
     add("-b", "--batch-size", type=cli.positive_int, help="of all processes; default: by recipe, less for little data")
     add("--optim", choices=OPTIMIZERS, default="sgd", help="lamb and lars are timm's")
-    add("--lr", "--learning-rate", type=cli.positive_float, help="default: by recipe and batch size")
+    add("--lr", "--learning-rate", type=cli.positive_float, help="default: optimizer's x recipe's / 0.03 x batch / 256")
     add("--lr-warmup", type=cli.nonnegative_int, help="epochs of linear increase; default: a twentieth, for sgd none")
     add("--cos", action="store_true", help="cosine schedule down to 0, in place of --schedule")
     add("--schedule", type=cli.positive_int, nargs="*", help="epochs where the rate drops x0.1; default: at 60, 80 %%")
@@ -401,8 +402,7 @@ def main(argv=None):
 
 
 def build_and_train(args):
-    device = distributed.init_distributed()
-    _, world = get_rank_and_world()
+    device, world = distributed.init_distributed(), get_rank_and_world()[1]
     directory = distributed.broadcast_object(checkpoint.choose_directory(args.exp_dir, args.resume))
     args.exp_dir, augmentation = str(directory), {name: getattr(args, name) for name in AUGMENTATION}
     with distributed.main_process_first():  # for the others may find what it has downloaded

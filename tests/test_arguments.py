@@ -123,7 +123,11 @@ def test_defaults_follow_the_data(n, image_size, expected):
 
 def test_defaults_follow_optimizer_batch_and_processes():
     lamb = defaults(50_000, 32, "--optim", "lamb", "-b", "512")
-    assert (lamb["lr"], lamb["wd"], lamb["temperature"]) == pytest.approx((0.01, 0.02, 0.1))
+    assert (lamb["lr"], lamb["wd"], lamb["temperature"]) == pytest.approx((0.04, 0.02, 0.1))
+    rates = {"sgd": 0.03, "adamw": 1e-3, "lamb": 5e-3, "lars": 0.3}  # four times as high for many small images
+    for (n, size), factor in {(1_281_167, 224): 1, (1437, 8): 0.5, (50_000, 32): 2}.items():  # batches of 256, 128, 128
+        found = {optim: defaults(n, size, "--optim", optim)["lr"] for optim in rates}
+        assert found == pytest.approx({optim: rate * factor for optim, rate in rates.items()})
     assert defaults(50_000, 32, "--optim", "lars")["lr_warmup"] == 10
     eight, three = defaults(1_281_167, 224, world=8), defaults(1_281_167, 224, world=3)
     assert (eight["batch_size"], eight["bn_splits"]) == (256, 1)  # 8 processes are 8 groups
