@@ -300,7 +300,7 @@ def fill_in_defaults(args, datasets, world, device):
         "arch": "resnet18_w16" if image_size <= 16 else "resnet18" if small else "resnet50",
         "stem": "small" if small else "imagenet",
         "batch_size": batch_size,
-        "lr": recipe["lr"] * base["lr"] / 0.03 * batch_size / 256,
+        "lr": recipe["lr"] * base["lr"] / OPTIMIZERS["sgd"]["lr"] * batch_size / 256,
         "lr_warmup": 0 if args.optim == "sgd" else epochs // 20,
         "schedule": [epochs * 6 // 10, epochs * 8 // 10],
         "pcl_r": min(16384, 2 ** int(math.log2(max(1, n / 12)))),
