@@ -271,11 +271,10 @@ def remedies(row, args):
     chance = math.log(args.pcl_r + 1)  # the loss where all logits are equal
     weak = not args.color_jitter or not args.grayscale or args.crop_min > 0.5
     one_point = row["loss_inst"] > chance / 2
-    slower = f"a lower --lr, a --moco-m nearer to 1 (loss_inst {row['loss_inst']:.2f}, that of one point for all)"
     head = ("a longer --warmup, or --cluster-head none: on an untrained encoder the report's head collapses", one_point)
     found = [
         *([head] if args.cluster_head == "report" else []),
-        (f"{slower}, as keys that change faster than the queue is renewed tell their age", one_point),
+        ("a lower --lr, or a --moco-m nearer to 1, as the keys change faster than the queue is renewed", one_point),
         ("a stronger augmentation (--crop-min, --color-jitter, --grayscale), as the two views are too alike", weak),
         ("more --bn-splits, as batch-norm statistics tell which key belongs to which query", args.bn_splits == 1),
     ]
