@@ -1,102 +1,227 @@
-"""The two views of an image: MoCo v2's "aug-plus" in batches, on any device.
+"""The two random views of every image in a batch, computed on any device.
 
-MoCo v2 (Chen et al. 2020, arXiv 2003.04297), after SimCLR (arXiv 2002.05709, appendix A). Each image has parameters
-of its own, but a batch one order of its colour operations. Cropping, resizing and blurring are products with a matrix
-for the rows and one for the columns.
+The augmentation is "aug-plus" of MoCo v2 (Chen et al. 2020, arXiv 2003.04297), which follows SimCLR
+(Chen et al. 2020, arXiv 2002.05709, appendix A). Every image has its own random parameters. Only
+the order of the colour operations is shared by the whole batch. A crop with its resize is two
+matrix products, one for the rows and one for the columns. So is a blur.
 
+    images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
     random_view = RandomView(32, blur=False)
-    im_q, im_k = random_view.two_views(images, RandomView.draw(len(images), seed=0))   # from (N, 3, H, W) uint8
+    im_q, im_k = random_view.two_views(images, RandomView.draw(len(images), seed=0))
 """
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in MoCo, for every data set
+# ImageNet's mean and standard deviation, used for every data set, as in MoCo
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+# how often each operation is applied (MoCo v2); a further operation gets a further line
+CHANCES = {
+    "jitter": 0.8,
+    "grayscale": 0.2,
+    "blur": 0.5,
+    "flip": 0.5,
+}
 
 
+class Draws(NamedTuple):
+    """The random numbers of N views by name, each uniform in 0 to 1."""
+
+    box_area: torch.Tensor  # (N, TRIES) areas of the boxes to try
+    box_ratio: torch.Tensor  # (N, TRIES) aspect ratios of the boxes to try
+    box_corner: torch.Tensor  # (N, 2) top and left of the box that is used
+    jitter: torch.Tensor  # (N, 4) change of brightness, contrast, saturation and hue
+    chances: torch.Tensor  # (N, 4) one per operation in CHANCES, applied if below its chance
+    blur_sigma: torch.Tensor  # (N, 1) standard deviation of the blur
+    jitter_order: torch.Tensor  # (N, 4) equal rows; the lowest number's operation comes first
+
+    @classmethod
+    def split(cls, draws):
+        """Name the columns of `draws` (..., DRAWS). The fields share its memory."""
+        return cls(*draws.split(RandomView.WIDTHS, dim=-1))
+
+
+@dataclass
 class RandomView:
-    """A random view of every image of a batch: "aug-plus" of MoCo v2 or, where `aug_plus` is off, that of MoCo v1.
-    The distribution is that of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and RandomHorizontalFlip
-    on PIL images, and of SimCLR's blur (sigma uniform in 0.1 to 2 pixels), without rounding to 8 bits in between.
-    size: S, side of a view in pixels. crop: off where the images come cropped, as from a loader worker.
-    crop_min: smallest area of a crop, as a part of the image's."""
+    """A random view of every image in a batch.
 
-    TRIES = 10  # boxes that are tried for one that fits
-    DRAWS = 2 * TRIES + 15  # random numbers per view; the last four are the order of the colour operations
+    Views have the distribution of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and
+    RandomHorizontalFlip on PIL images, and of SimCLR's blur. Nothing is rounded to 8 bits between
+    the operations.
 
-    def __init__(
-        self, size, aug_plus=True, crop_min=0.2, color_jitter=True, grayscale=True, blur=True, flip=True, crop=True
-    ):
-        self.size, self.crop_min, self.crop, self.aug_plus = size, crop_min, crop, aug_plus
-        self.jitter = torch.tensor([0.4, 0.4, 0.4, 0.1 if aug_plus else 0.4])
-        p_jitter = color_jitter * (0.8 if aug_plus else 1.0)
-        self.chances = torch.tensor([p_jitter, grayscale * 0.2, blur * aug_plus * 0.5, flip * 0.5])
+    To change the strength of the jitter, set `jitter` in a subclass:
+
+        class HalfJitter(RandomView):
+            def __post_init__(self):
+                super().__post_init__()
+                self.jitter = self.jitter / 2
+    """
+
+    size: int  # S, side of a view in pixels
+    crop: bool = True  # off if the images are cropped already, for instance by the loader's workers
+    aug_plus: bool = True  # the augmentation of MoCo v2; off: that of MoCo v1
+    crop_min: float = 0.2  # smallest area of a crop, as a fraction of the image's area
+    color_jitter: bool = True
+    grayscale: bool = True
+    blur: bool = True  # MoCo v1 has no blur
+    flip: bool = True
+
+    TRIES = 10  # boxes to try for each crop
+    WIDTHS = (TRIES, TRIES, 2, 4, len(CHANCES), 1, 4)  # random numbers per view, by field of Draws
+    DRAWS = sum(WIDTHS)  # random numbers per view
+
+    def __post_init__(self):
+        """Set the strength of the jitter and the chance of each operation.
+
+        jitter: (4,) largest change of brightness, contrast, saturation and hue (in whole turns).
+        chances: {operation: probability}.
+        """
+        self.jitter = torch.tensor([0.4, 0.4, 0.4, 0.1])
+        self.chances = dict(CHANCES)
+        if not self.aug_plus:
+            self.jitter = torch.tensor([0.4, 0.4, 0.4, 0.4])
+            self.chances["jitter"] = 1.0
+            self.chances["blur"] = 0.0
+        if not self.color_jitter:
+            self.chances["jitter"] = 0.0
+        if not self.grayscale:
+            self.chances["grayscale"] = 0.0
+        if not self.blur:
+            self.chances["blur"] = 0.0
+        if not self.flip:
+            self.chances["flip"] = 0.0
 
     @classmethod
     def draw(cls, n, seed):
-        """The random numbers (2, n, DRAWS), uniform in 0 to 1, that two views of `n` images take."""
+        """Draw the random numbers of two views of n images, uniform in 0 to 1.
+
+        Returns (2, n, DRAWS), on the CPU.
+        """
         draws = torch.rand(2, n, cls.DRAWS, generator=torch.Generator().manual_seed(seed))
-        draws[..., -4:] = draws[0, 0, -4:]  # one order for all
+        jitter_order = Draws.split(draws).jitter_order
+        jitter_order[:] = jitter_order[0, 0]  # all views share one order
         return draws
 
     def two_views(self, images, draws):
-        """im_q, im_k, each (N, 3, S, S) float32, of images uint8 and draws (2, N, DRAWS).
-        images: (N, 3, H, W), or where they come cropped (N, 2, 3, S, S)."""
+        """Two views of every image: im_q and im_k, each (N, 3, S, S) float32, normalised.
+
+        images: (N, 3, H, W) uint8. With `crop` off (N, 2, 3, S, S), the query's and the key's crop.
+        draws: (2, N, DRAWS) from `draw`, on the CPU.
+        """
         pair = (images, images) if self.crop else images.unbind(1)
         return self(torch.cat(pair), draws.flatten(0, 1)).chunk(2)
 
     def __call__(self, images, draws):
-        """images (N, 3, H, W) uint8, draws (N, DRAWS) on the CPU -> (N, 3, S, S) float32, normalised."""
-        box, factors, chance, sigma, order = draws.split([2 * self.TRIES + 2, 4, 4, 1, 4], 1)
-        jitter, gray, blur, flip = (chance < self.chances).T
-        factors = ((2 * factors - 1) * self.jitter + torch.tensor([1, 1, 1, 0]))[..., None, None, None]
+        """One view of every image: (N, 3, S, S) float32, normalised, channels last.
+
+        images: (N, 3, H, W) uint8.
+        draws: (N, DRAWS) on the CPU.
+        """
+        draws = Draws.split(draws)
         x = images.float() / 255
         if self.crop:
-            x = resized_crop(x, random_boxes(box, *x.shape[2:], self.crop_min), self.size)
-        if not self.aug_plus:  # MoCo v1 drops the colour first
-            apply_where(x, gray, grayscale)
-        apply_where(x, jitter, color_jitter, factors, order=order[0].argsort().tolist())
+            height, width = x.shape[2:]
+            boxes = random_boxes(draws, height, width, self.crop_min)
+            x = resized_crop(x, boxes, self.size)
+
+        # the images that each operation changes, {operation: (N,) bool}
+        masks = (draws.chances < torch.tensor(list(self.chances.values()))).T
+        chosen = dict(zip(self.chances, masks, strict=True))
+
+        # brightness, contrast and saturation are factors around 1; hue is a turn around 0
+        changes = (2 * draws.jitter - 1) * self.jitter
+        factors = (changes + torch.tensor([1, 1, 1, 0]))[..., None, None, None]
+        order = draws.jitter_order[0].argsort().tolist()
+
+        # MoCo v2 converts to grayscale after the jitter, MoCo v1 before it
         if self.aug_plus:
-            apply_where(x, gray, grayscale)
-        apply_where(x, blur, gaussian_blur, 0.1 + 1.9 * sigma[:, 0])
-        apply_where(x, flip, lambda x: x.flip(-1))
+            apply_where(x, chosen["jitter"], color_jitter, factors, order=order)
+            apply_where(x, chosen["grayscale"], grayscale)
+        else:
+            apply_where(x, chosen["grayscale"], grayscale)
+            apply_where(x, chosen["jitter"], color_jitter, factors, order=order)
+
+        sigma = 0.1 + 1.9 * draws.blur_sigma[:, 0]  # 0.1 to 2 pixels
+        apply_where(x, chosen["blur"], gaussian_blur, sigma)
+        apply_where(x, chosen["flip"], mirror)
         return normalize(x)
 
 
 def apply_where(x, mask, operation, *parameters, **options):
-    """Replace the images x[mask] by operation(x[mask], ...); mask and parameters on the CPU, so that nothing waits."""
+    """Replace x[mask] by `operation` of it, in place.
+
+    x: (N, 3, S, S) images.
+    mask: (N,) bool, on the CPU. Counting selected images on the device would make the host wait.
+    operation: a function of the selected images, their parameters and the options.
+    parameters: (N, ...) each, on the CPU.
+    """
     rows = mask.nonzero()[:, 0]
-    if len(rows):
-        parameters = [parameter[rows].to(x.device, non_blocking=True) for parameter in parameters]
-        rows = rows.to(x.device, non_blocking=True)
-        x[rows] = operation(x[rows], *parameters, **options)
+    if len(rows) == 0:
+        return
+    parameters = [parameter[rows].to(x.device, non_blocking=True) for parameter in parameters]
+    rows = rows.to(x.device, non_blocking=True)
+    x[rows] = operation(x[rows], *parameters, **options)
 
 
-def random_boxes(u, height, width, area_min):
-    """Boxes (N, 4) of top, left, height, width in whole pixels, as by RandomResizedCrop; u (N, 2 TRIES + 2)."""
-    tries = RandomView.TRIES
-    area, ratio, corner = u.split([tries, tries, 2], 1)
-    area, ratio = height * width * (area_min + (1 - area_min) * area), (4 / 3) ** (2 * ratio - 1)
-    size = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()])  # (2, N, TRIES)
-    whole = torch.tensor([height, width])
-    fits = ((size >= 1) & (size <= whole[:, None, None])).all(0)
-    size = size.gather(2, fits.int().argmax(1)[None, :, None].expand(2, -1, 1))[..., 0].T
-    start = (corner * (whole - size + 1)).floor()
-    central = torch.tensor([min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))])
+def random_boxes(draws, height, width, area_min):
+    """Random boxes to crop, with the distribution of RandomResizedCrop's.
+
+    draws: Draws of N views, on the CPU.
+    height, width: size of the images.
+    area_min: smallest area of a box, as a fraction of the image's area.
+    Returns (N, 4): top, left, height and width in whole pixels.
+    """
+    # the sizes to try: the area is uniform, the aspect ratio log-uniform in 3/4 to 4/3
+    area = height * width * (area_min + (1 - area_min) * draws.box_area)
+    ratio = (4 / 3) ** (2 * draws.box_ratio - 1)
+    heights = (area / ratio).sqrt().round()
+    widths = (area * ratio).sqrt().round()
+    sizes = torch.stack([heights, widths], dim=2)  # (N, TRIES, 2)
+
+    # take the first size that fits in the image, and a random position
+    image_size = torch.tensor([height, width])
+    fits = ((sizes >= 1) & (sizes <= image_size)).all(2)  # (N, TRIES)
+    first = fits.int().argmax(1)
+    size = sizes[torch.arange(len(sizes)), first]  # (N, 2)
+    start = (draws.box_corner * (image_size - size + 1)).floor()
+
+    # if none fits, take a central box, as large as the allowed ratios permit
+    central_height = min(height, round(width * 4 / 3))
+    central_width = min(width, round(height * 4 / 3))
+    central_size = torch.tensor([central_height, central_width])
+    central_start = (image_size - central_size) // 2
+
     found = fits.any(1, keepdim=True)
-    return torch.cat([start.where(found, (whole - central) // 2), size.where(found, central)], 1)
+    return torch.cat([start.where(found, central_start), size.where(found, central_size)], 1)
 
 
 def resized_crop(x, boxes, size):
-    """The boxes (N, 4) of the images x (N, 3, H, W), resized to (N, 3, size, size) as PIL's bilinear filter does it.
-    Rows and columns are resized by a matrix product each: a triangle as wide as a pixel of the finer grid is coarse."""
-    top, left, height, width = boxes.to(x.device, non_blocking=True).T[..., None, None]
-    rows, columns = _resizing(top, height, x.shape[2], size), _resizing(left, width, x.shape[3], size)
+    """Cut a box out of each image and resize it as PIL's bilinear filter does.
+
+    x: (N, 3, H, W) images.
+    boxes: (N, 4) top, left, height and width in pixels.
+    Returns (N, 3, size, size).
+    """
+    boxes = boxes.to(x.device, non_blocking=True)
+    top, left, height, width = boxes.T[..., None, None]  # (N, 1, 1) each
+    rows = _resize_matrix(top, height, x.shape[2], size)
+    columns = _resize_matrix(left, width, x.shape[3], size)
     return rows[:, None] @ x @ columns[:, None].mT
 
 
-def _resizing(start, length, n, size):
-    """The weights (N, size, n) with which `length` of `n` pixels, from `start` on, make up `size` pixels."""
-    step = length / size
+def _resize_matrix(start, length, n, size):
+    """Matrices (N, size, n) that resize a part of n pixels to `size` pixels.
+
+    A row holds the weights of one new pixel: a triangle around its centre. The triangle reaches one
+    new pixel to either side, and at least one old pixel.
+
+    start, length: (N, 1, 1) first pixel and number of pixels of the part.
+    """
+    step = length / size  # old pixels per new pixel
     centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
     pixel = torch.arange(n, device=start.device) + 0.5
     weight = (1 - (pixel - centre).abs() / step.clamp(min=1)).clamp(min=0)
@@ -105,57 +230,89 @@ def _resizing(start, length, n, size):
 
 
 def luminance(x):
+    """The luminance (N, 1, S, S) of images x (N, 3, S, S), weighted as in PIL (ITU-R 601)."""
     red, green, blue = x.split(1, 1)
     return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def grayscale(x):
+    """Remove the colour of the images x (N, 3, S, S)."""
     return luminance(x).expand_as(x)
 
 
 def color_jitter(x, factors, order):
-    """x (N, 3, S, S) with brightness, contrast, saturation and hue changed by factors (N, 4, 1, 1, 1), in `order`."""
+    """Change brightness, contrast, saturation and hue of the images x (N, 3, S, S).
+
+    factors: (N, 4, 1, 1, 1) one for each of these four operations.
+    order: the numbers 0 to 3 of the operations, in the order in which to apply them.
+    """
+    operations = (brightness, contrast, saturation, hue)
     for number in order:
-        x = (brightness, contrast, saturation, hue)[number](x, factors[:, number])
+        x = operations[number](x, factors[:, number])
     return x
 
 
 def brightness(x, factor):
+    """Scale the images x (N, 3, S, S) by `factor` (N, 1, 1, 1)."""
     return (x * factor).clamp_(0, 1)
 
 
 def contrast(x, factor):
+    """Scale the distance of x (N, 3, S, S) from its mean luminance by `factor` (N, 1, 1, 1)."""
     return torch.lerp(luminance(x).mean((2, 3), keepdim=True), x, factor).clamp_(0, 1)
 
 
 def saturation(x, factor):
+    """Scale the distance of x (N, 3, S, S) from its grey image by `factor` (N, 1, 1, 1)."""
     return torch.lerp(luminance(x), x, factor).clamp_(0, 1)
 
 
 def hue(x, turn):
-    """x with its hue turned by `turn`, in whole turns; value and chroma of HSV stay."""
+    """Turn the hue of the images x (N, 3, S, S) by `turn` (N, 1, 1, 1), in whole turns.
+
+    HSV's value and the chroma stay the same.
+    """
     value, largest = x.max(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
+
+    # the new hue in sixths of a turn: 0 is red, 2 green, 4 blue
     red, green, blue = x.split(1, 1)
-    sixth = torch.where(largest == 0, green - blue, torch.where(largest == 1, blue - red, red - green))
-    sixth = sixth / chroma.clamp(min=1e-8) + 2 * largest + 6 * turn
-    distance = (sixth + per_channel((5.0, 3.0, 1.0), x)).remainder_(6)
+    difference = torch.where(largest == 1, blue - red, red - green)
+    difference = torch.where(largest == 0, green - blue, difference)
+    sixths = difference / chroma.clamp(min=1e-8) + 2 * largest + 6 * turn
+
+    # back to RGB: a channel is lower than `value` by up to `chroma`, depending on the hue
+    distance = (sixths + per_channel((5.0, 3.0, 1.0), x)).remainder_(6)
     return value - chroma * torch.minimum(distance, 4 - distance).clamp_(0, 1)
 
 
 def gaussian_blur(x, sigma):
-    """x (N, 3, S, S) blurred with standard deviations sigma (N,) in pixels; at the border over what there is."""
+    """Blur the images x (N, 3, S, S) with standard deviations `sigma` (N,), in pixels.
+
+    At the border, only pixels inside the image count; their weights are scaled to sum to 1.
+    """
     pixel = torch.arange(x.shape[-1], device=x.device)
     weight = (-0.5 * ((pixel[:, None] - pixel) / sigma[:, None, None]) ** 2).exp()
     weight = (weight / weight.sum(2, keepdim=True))[:, None]
     return weight @ x @ weight.mT
 
 
+def mirror(x):
+    """Swap left and right of the images x (N, 3, S, S)."""
+    return x.flip(-1)
+
+
 def normalize(x):
-    """Images (N, 3, H, W), uint8 or float in 0 to 1 -> what the network takes: float32, channels last."""
-    x = x if x.is_floating_point() else x.float() / 255
-    return ((x - per_channel(MEAN, x)) / per_channel(STD, x)).contiguous(memory_format=torch.channels_last)
+    """Prepare images for the network: float32, normalised by MEAN and STD, channels last.
+
+    x: (N, 3, H, W) uint8, or float in 0 to 1.
+    """
+    if not x.is_floating_point():
+        x = x.float() / 255
+    x = (x - per_channel(MEAN, x)) / per_channel(STD, x)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def per_channel(values, x):
+    """Put one value per channel into a tensor (3, 1, 1) on the device of x."""
     return torch.tensor(values)[:, None, None].to(x.device, non_blocking=True)

@@ -1,9 +1,11 @@
 """k-means at several granularities, and the concentration of each cluster: the E-step of PCL.
 
-PCL (Li, Zhou, Xiong, Hoi, ICLR 2021, arXiv 2005.04966), algorithm 1 and eq. 12. The k-means is faiss's; on a GPU
-that faiss does not see, as where faiss-gpu is not installed, it is torch's matrix products.
+PCL (Li, Zhou, Xiong, Hoi, ICLR 2021, arXiv 2005.04966), algorithm 1 and eq. 12. faiss runs the
+k-means. If there is a GPU that faiss cannot use, for example because faiss-cpu is installed, a
+k-means in PyTorch runs on it instead.
 
-    clusters = run_kmeans(features, num_cluster=[25000, 50000, 100000], temperature=0.2)
+    num_cluster = default_num_cluster(len(features))  # [25000, 50000, 100000] on ImageNet
+    clusters = run_kmeans(features, num_cluster, temperature=0.2)
     im2cluster, centroids, density = clusters[0]
 """
 
@@ -14,11 +16,13 @@ import faiss
 import numpy as np
 import torch
 
-IMAGENET = 1_281_167  # training images, for which 25,000, 50,000 and 100,000 clusters are published
+IMAGENET = 1_281_167  # number of ImageNet's training images
+IMAGENET_CLUSTERS = (25_000, 50_000, 100_000)  # published for that many images
+CHUNK = 2**28  # distances that are computed at a time: 1 GB in float32
 
 
 class Clusters(NamedTuple):
-    """One granularity: K prototypes of M samples."""
+    """The clusters at one granularity: K prototypes of M samples."""
 
     im2cluster: torch.Tensor  # (M,) int64, the cluster of each sample
     centroids: torch.Tensor  # (K, D) float32 unit rows, the prototypes
@@ -29,95 +33,155 @@ class Clusters(NamedTuple):
 
     @classmethod
     def empty(cls, m, k, d):
-        """Room for what another process has found."""
+        """Tensors without values, to receive the clusters that another process has found."""
         return cls(torch.empty(m, dtype=torch.long), torch.empty(k, d), torch.empty(k))
 
 
 def default_num_cluster(n):
     """The published numbers of clusters, scaled from ImageNet to `n` samples."""
-    return [min(n, max(2, round(k * n / IMAGENET))) for k in (25_000, 50_000, 100_000)]
+    return [min(n, max(2, round(k * n / IMAGENET))) for k in IMAGENET_CLUSTERS]
 
 
 def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
     """Cluster `features` (M, D) once for each number in `num_cluster`.
-    features: an array in memory, or a memory-mapped one: each iteration is one pass over it from front to back.
-    temperature: the mean of the concentrations. niter: k-means iterations.
-    init: centroids to start from, one (K, D) per granularity, such as the prototypes of an epoch ago; then half of
-        `niter` is enough. None: random samples.
-    Returns a list of Clusters, in the order of `num_cluster`. Samples go to the nearest raw centroid; the centroids
-    are normalised after that. Raises ValueError where a number is below 1 or exceeds M."""
+
+    features: array in memory or memory-mapped. Each iteration reads it once, from front to back.
+    temperature: the mean of the concentrations.
+    niter: number of k-means iterations.
+    init: centroids to start from, one (K, D) per granularity, for example the prototypes of the
+        previous epoch. With those, half the iterations are enough. None: start from random samples.
+    Returns a list of Clusters in the order of `num_cluster`. Each sample belongs to its nearest
+        centroid before the centroids are normalised.
+    Raises ValueError if a number is below 1 or exceeds M.
+    """
     features = np.ascontiguousarray(features, dtype=np.float32)
+    if init is None:
+        init = [None] * len(num_cluster)
+    if torch.cuda.is_available() and not faiss.get_num_gpus():
+        kmeans = _torch_kmeans
+    else:
+        kmeans = _faiss_kmeans
+
     results = []
-    for k, start in zip(num_cluster, init or [None] * len(num_cluster), strict=True):
+    for k, start in zip(num_cluster, init, strict=True):
         if not 1 <= k <= len(features):
             raise ValueError(f"cannot make {k} clusters of {len(features)} samples")
-        start = None if start is None else np.ascontiguousarray(start, dtype=np.float32)
-        kmeans = _torch_kmeans if torch.cuda.is_available() and not faiss.get_num_gpus() else _faiss_kmeans
+        if start is not None:
+            start = np.ascontiguousarray(start, dtype=np.float32)
         centroids, squared, assignment = kmeans(features, k, niter, seed, start)
-        centroids = centroids / np.linalg.norm(centroids, axis=1, keepdims=True).clip(1e-12)
-        density = concentration(np.sqrt(squared.clip(0)), assignment, k, temperature)
-        results.append(Clusters(*map(torch.from_numpy, (assignment.astype(np.int64), centroids, density))))
+
+        length = np.linalg.norm(centroids, axis=1, keepdims=True)
+        prototypes = centroids / length.clip(1e-12)
+        distances = np.sqrt(squared.clip(0))  # rounding can make a square negative
+        density = concentration(distances, assignment, k, temperature)
+        results.append(
+            Clusters(
+                im2cluster=torch.from_numpy(assignment.astype(np.int64)),
+                centroids=torch.from_numpy(prototypes),
+                density=torch.from_numpy(density),
+            )
+        )
     return results
 
 
 def _faiss_kmeans(features, k, niter, seed, start):
-    """(centroids (k, D), squared distance to the nearest (M,), its number (M,))."""
-    sizes = {"min_points_per_centroid": 1, "max_points_per_centroid": 1000}
-    kmeans = faiss.Kmeans(features.shape[1], k, niter=niter, seed=seed, **sizes)
-    if faiss.get_num_gpus():  # this process's own; gpu=True would take all of them
+    """k-means in faiss.
+
+    Returns the centroids (k, D), and for each sample the squared distance to its nearest centroid
+    (M,) and the number of that centroid (M,).
+    """
+    kmeans = faiss.Kmeans(
+        features.shape[1],
+        k,
+        niter=niter,
+        seed=seed,
+        min_points_per_centroid=1,  # with fewer samples faiss warns
+        max_points_per_centroid=1000,  # with more samples faiss trains on a random part of them
+    )
+    if faiss.get_num_gpus():
+        # Use the GPU of this process. The option gpu=True would use all GPUs.
         config = faiss.GpuIndexFlatConfig()
-        config.device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        if torch.cuda.is_available():
+            config.device = torch.cuda.current_device()
+        else:
+            config.device = 0
         kmeans.index = faiss.GpuIndexFlatL2(_gpu_resources(), features.shape[1], config)
     kmeans.train(features, init_centroids=start)
-    return kmeans.centroids, *kmeans.assign(features)
+    squared, assignment = kmeans.assign(features)
+    return kmeans.centroids, squared, assignment
 
 
 @functools.cache
 def _gpu_resources():
-    """faiss's memory on a GPU, which takes a while to set up: once a process."""
+    """faiss's memory on the GPU. Allocating it is slow, so it is done once per process."""
     return faiss.StandardGpuResources()
 
 
 def _torch_kmeans(features, k, niter, seed, start, device="cuda"):
-    """The same on `device`, with the distances of a gigabyte at a time."""
+    """k-means in PyTorch on `device`. Arguments and results are those of _faiss_kmeans."""
     rng = np.random.default_rng(seed)
     if start is None:
         start = features[np.sort(rng.choice(len(features), k, replace=False))]
-    centroids, features = (torch.from_numpy(array).to(device) for array in (start, features))
-
-    def nearest():
-        half = centroids.square().sum(1) / 2
-        for x in features.split(max(1, 2**28 // k)):  # (n, D)
-            distance, number = torch.addmm(half, x, centroids.T, alpha=-1).min(1)  # (n,), half of (x - c)^2 - x^2
-            yield x, 2 * distance + x.square().sum(1), number
+    centroids = torch.from_numpy(start).to(device)
+    features = torch.from_numpy(features).to(device)
 
     for _ in range(niter):
-        sums, size = torch.zeros_like(centroids), torch.zeros(k, dtype=torch.long, device=device)
-        for x, _, number in nearest():
+        # Move each centroid to the mean of its samples.
+        sums = torch.zeros_like(centroids)
+        size = torch.zeros(k, dtype=torch.long, device=device)
+        for x, _, number in _nearest(features, centroids):
             sums.index_add_(0, number, x)
             size += number.bincount(minlength=k)
         centroids = sums / size.clamp(min=1)[:, None]
-        empty = (size == 0).nonzero()[:, 0]  # each gets half of a cluster of some size, as in faiss
+
+        # Fill each empty cluster with half of another one, as faiss does. Large clusters are more
+        # likely to be split.
+        empty = (size == 0).nonzero()[:, 0]
         chances = (size.cpu().numpy() - 1).clip(0).astype(float)
         if len(empty) and chances.any():
-            split = torch.from_numpy(rng.choice(k, len(empty), p=chances / chances.sum())).to(device)
+            split = rng.choice(k, len(empty), p=chances / chances.sum())
+            split = torch.from_numpy(split).to(device)
             centroids[empty] = centroids[split] * (1 + 2**-10)
             centroids[split] *= 1 - 2**-10
-    squared, assignment = zip(*((d.cpu(), number.cpu()) for _, d, number in nearest()), strict=True)
+
+    squared = []
+    assignment = []
+    for _, distance, number in _nearest(features, centroids):
+        squared.append(distance.cpu())
+        assignment.append(number.cpu())
     return centroids.cpu().numpy(), torch.cat(squared).numpy(), torch.cat(assignment).numpy()
 
 
+def _nearest(features, centroids):
+    """Find the nearest centroid of each sample, chunk by chunk.
+
+    Yields (x (n, D), squared distances (n,), numbers of the centroids (n,)).
+    """
+    half_norms = centroids.square().sum(1) / 2
+    for x in features.split(max(1, CHUNK // len(centroids))):
+        # |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c), and |x|^2 is the same for all centroids
+        half, number = torch.addmm(half_norms, x, centroids.T, alpha=-1).min(1)
+        yield x, 2 * half + x.square().sum(1), number
+
+
 def concentration(distances, im2cluster, num_cluster, temperature):
-    """The concentration phi of each cluster (PCL, eq. 12): (num_cluster,) float32 > 0 with mean `temperature`.
-    distances: (M,) Euclidean, of each sample to its centroid; im2cluster: (M,) int.
-    phi = sum(d) / (Z log(Z + 10)) over a cluster's Z samples; a cluster without extent (no sample, one, or copies
-    of one) takes the largest phi; phi is clipped to its 10th and 90th percentile and scaled."""
+    """The concentration phi of each cluster (PCL, eq. 12): (num_cluster,) float32 > 0.
+
+    distances: (M,) Euclidean distance of each sample to its centroid.
+    im2cluster: (M,) int, the cluster of each sample.
+    A cluster of Z samples has phi = sum(distances) / (Z log(Z + 10)). A cluster without extent (no
+    sample, one sample, or copies of one) gets the largest phi of the others. Then phi is clipped to
+    its 10th and 90th percentiles and scaled to the mean `temperature`.
+    """
     size = np.bincount(im2cluster, minlength=num_cluster)
     total = np.bincount(im2cluster, weights=distances, minlength=num_cluster)
     phi = total / (size.clip(1) * np.log(size + 10))
-    point = (size <= 1) | (total == 0)
-    if point.all():
+
+    no_extent = (size <= 1) | (total == 0)
+    if no_extent.all():
         return np.full(num_cluster, temperature, dtype=np.float32)
-    phi[point] = phi[~point].max()
-    phi = phi.clip(*np.percentile(phi, [10, 90]))
+    phi[no_extent] = phi[~no_extent].max()
+
+    low, high = np.percentile(phi, [10, 90])
+    phi = phi.clip(low, high)
     return (temperature * phi / phi.mean()).astype(np.float32)

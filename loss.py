@@ -1,8 +1,9 @@
 """The two losses of Prototypical Contrastive Learning, as pure functions.
 
-PCL (Li, Zhou, Xiong, Hoi, ICLR 2021, arXiv 2005.04966): InfoNCE compares two views of one instance (eq. 1),
-ProtoNCE an instance with prototypes at several granularities (eq. 11). Both are computed in float32, also under
-autocast: a logit at temperature 0.1 needs more digits than 16-bit formats have.
+PCL (Li, Zhou, Xiong, Hoi, ICLR 2021, arXiv 2005.04966). InfoNCE compares two views of one image
+(eq. 1). ProtoNCE compares an image with prototypes at several granularities (eq. 11). Both are
+computed in float32, even under autocast: 16-bit formats have too few digits for a logit at a
+temperature of 0.1.
 
     loss_inst, acc_inst = info_nce(q, k, queue, temperature=0.2)
     loss_proto, acc_proto = proto_nce(c, index, clusters, num_negatives=16384)
@@ -14,59 +15,99 @@ import torch.nn.functional as F
 
 
 def info_nce(q, k, queue, temperature):
-    """InfoNCE of queries against their keys and a queue of other keys (MoCo, arXiv 1911.05722, eq. 1).
-    q, k: (N, D) unit rows; queue: (D, R) unit columns.
-    Returns (loss, acc): the mean loss in nats and the top-1 accuracy in percent, both scalars."""
+    """InfoNCE: compare each query with its key and with a queue of other keys.
+
+    q, k: (N, D) unit rows.
+    queue: (D, R) unit columns.
+    Returns (loss, acc), two scalars: the mean loss in nats and the top-1 accuracy in percent.
+    Source: MoCo (arXiv 1911.05722), eq. 1.
+    """
     with torch.autocast(q.device.type, enabled=False):
-        q, k = q.float(), k.float()
-        positive = (q * k).sum(1, keepdim=True)
-        logits = torch.cat([positive, q @ queue.float()], dim=1) / temperature
-        return _cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+        q = q.float()
+        k = k.float()
+        positive = (q * k).sum(1, keepdim=True)  # (N, 1)
+        logits = torch.cat([positive, q @ queue.float()], dim=1) / temperature  # (N, 1 + R)
+        target = torch.zeros(len(q), dtype=torch.long, device=q.device)
+        return _cross_entropy(logits, target)
 
 
 def proto_nce(q, index, clusters, num_negatives):
-    """ProtoNCE of samples against their prototypes, averaged over the granularities (PCL, eq. 11, second term).
-    q: (N, D) unit rows; index: (N,) their positions in the data set.
-    clusters: one (im2cluster (M,) int64, centroids (K, D), density (K,)) per granularity, on q's device.
-    num_negatives: beside the prototypes of the other samples in the batch, each of which counts once however many
-        samples share it, up to so many more are drawn from the rest without replacement; all of them where there
-        are no more than that, and then nothing is random.
-    Returns (loss, acc): the mean loss in nats and the top-1 accuracy in percent, both scalars."""
-    results = []
+    """ProtoNCE: compare each sample with its prototype and with others, at every granularity.
+
+    q: (N, D) unit rows.
+    index: (N,) positions of the samples in the data set.
+    clusters: one (im2cluster (M,) int64, centroids (K, D), density (K,)) per granularity, on the
+        device of q.
+    num_negatives: the number of negatives to draw, without replacement, from the prototypes that
+        no sample of the batch has. If there are no more than that, all are taken and nothing is
+        random. The other samples' prototypes are negatives as well. A prototype that several
+        samples share counts once.
+    Returns (loss, acc), two scalars: the mean loss in nats and the top-1 accuracy in percent, both
+        averaged over the granularities.
+    Source: PCL, eq. 11, second term.
+    """
+    losses = []
+    accs = []
     with torch.autocast(q.device.type, enabled=False):
         for im2cluster, centroids, density in clusters:
-            target, bias = im2cluster[index], None
+            target = im2cluster[index]  # (N,) the prototype of each sample
+
+            # Divide the prototypes by their density, not the logits: the logits are more numbers.
             if len(centroids) > num_negatives + 1:
                 chosen, bias, target = _choose_prototypes(target, len(centroids), num_negatives)
-                centroids, density = centroids[chosen], density[chosen]
-            prototypes = (centroids / density[:, None]).T  # fewer numbers to divide than the logits are
-            logits = q.float() @ prototypes if bias is None else torch.addmm(bias, q.float(), prototypes)
-            results.append(_cross_entropy(logits, target))
-    losses, accs = zip(*results, strict=True)
+                prototypes = (centroids[chosen] / density[chosen][:, None]).T  # (D, S)
+                logits = torch.addmm(bias, q.float(), prototypes)  # (N, S)
+            else:
+                prototypes = (centroids / density[:, None]).T  # (D, K)
+                logits = q.float() @ prototypes  # (N, K)
+
+            loss, acc = _cross_entropy(logits, target)
+            losses.append(loss)
+            accs.append(acc)
     return torch.stack(losses).mean(), torch.stack(accs).mean()
 
 
 def _choose_prototypes(target, num_cluster, num_negatives):
-    """The prototypes that one batch is compared with: its own, and `num_negatives` of the others at random.
-    target: (N,) the prototype of each sample. Returns chosen (S,) prototype numbers, S fixed by the arguments' sizes
-    so that no device has to wait for the host; bias (S,), to add to the logits: 0, or -inf for those that are one too
-    many because samples share a prototype; and (N,) where in `chosen` each sample's own prototype is."""
+    """Choose the prototypes to compare a batch with: its own, and `num_negatives` random others.
+
+    target: (N,) the prototype of each sample.
+    Returns three tensors:
+        chosen: (S,) numbers of prototypes. S depends on the sizes of the arguments alone, so that
+            the host need not wait for the device.
+        bias: (S,) to add to the logits: -inf for entries of `chosen` that do not count, else 0. A
+            repeated prototype does not count, nor does a negative beyond the first `num_negatives`.
+        target: (N,) the position in `chosen` of each sample's prototype.
+    """
     n = len(target)
     order = torch.arange(n, device=target.device)
-    owner = torch.full((num_cluster,), n, device=target.device).scatter_reduce_(0, target, order, "amin")
+
+    # The first sample of each prototype; n if no sample of the batch has the prototype.
+    first_sample = torch.full((num_cluster,), n, device=target.device)
+    first_sample.scatter_reduce_(0, target, order, "amin")
+    new_target = first_sample[target]
+
+    # Draw candidates. At most n of them belong to the batch, which leaves enough negatives.
     others = torch.randperm(num_cluster, device=target.device)[: num_negatives + n]
-    free = owner[others] == n
-    keep = torch.cat([owner[target] == order, free & (free.cumsum(0) <= num_negatives)])
+    is_negative = first_sample[others] == n
+
+    # Count each prototype of the batch once, and the first `num_negatives` negatives.
+    keep_own = new_target == order
+    keep_others = is_negative & (is_negative.cumsum(0) <= num_negatives)
+    keep = torch.cat([keep_own, keep_others])
     bias = torch.zeros(len(keep), device=target.device).masked_fill_(~keep, -torch.inf)
-    return torch.cat([target, others]), bias, owner[target]
+    return torch.cat([target, others]), bias, new_target
 
 
 def _cross_entropy(logits, target):
-    """Mean cross-entropy, and the percentage of rows whose target logit exceeds all others; overwrites `logits`.
-    A tie is no hit: where all features have collapsed onto one point every logit is the same, and counting the
-    first of them as the maximum would report an accuracy of 100 %."""
+    """Mean cross-entropy, and top-1 accuracy in percent. Overwrites `logits`.
+
+    A row is a hit if the logit of its target exceeds all others; a tie is not. If all features
+    collapse onto one point, all logits are equal, and taking the first as the maximum would report
+    an accuracy of 100 %.
+    """
     loss = F.cross_entropy(logits, target)
-    with torch.no_grad():  # the loss keeps none of the logits for its gradient
+    with torch.no_grad():  # the gradient of the loss needs no logits, so they can be overwritten
         own = logits.gather(1, target[:, None])
         others = logits.scatter_(1, target[:, None], -torch.inf).amax(1, keepdim=True)
-        return loss, 100 * (own > others).float().mean()
+        acc = 100 * (own > others).float().mean()
+    return loss, acc

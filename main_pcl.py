@@ -1,14 +1,21 @@
-"""Prototypical Contrastive Learning with MoCo v2 heads and an optional cluster head.
+"""Prototypical Contrastive Learning (PCL) with MoCo v2 heads and an optional cluster head.
 
-PCL (Li, Zhou, Xiong, Hoi, ICLR 2021, arXiv 2005.04966). Each epoch after the warm-up clusters the momentum features
-of the training images (E-step), then trains with InfoNCE + ProtoNCE against the clusters' prototypes (M-step).
+PCL (Li, Zhou, Xiong, Hoi, ICLR 2021, arXiv 2005.04966) alternates two steps. The E-step clusters
+the features of all training images. The M-step trains with two losses: InfoNCE between two views of
+an image, and ProtoNCE between an image and the prototypes, the centres of its clusters.
 
-    python main_pcl.py --amp --optim sgd --cos --warmup 20                              # digits, on any machine
-    python main_pcl.py path/to/imagenet --amp --cos                                     # one GPU
-    torchrun --nproc_per_node=8 main_pcl.py path/to/imagenet --amp --cos                # one node
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main_pcl.py ...   # several
+    # the handwritten digits in assets/, on any machine
+    python main_pcl.py --amp --optim sgd --cos --warmup 20
 
-Then `python eval_lincls.py` says what the features are worth.
+    # one GPU; one node with 8 GPUs
+    python main_pcl.py path/to/imagenet --amp --cos
+    torchrun --nproc_per_node=8 main_pcl.py path/to/imagenet --amp --cos
+
+    # two nodes with 8 GPUs each: run this on both
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        main_pcl.py path/to/imagenet --amp --cos
+
+Then `python eval_lincls.py` measures the features.
 """
 
 import argparse
@@ -21,315 +28,508 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+import diagnose
+import recipes
 from augment import RandomView, normalize
 from cluster import Clusters, default_num_cluster, run_kmeans
-from data import SMALL, DataError, EpochSampler, build_datasets, derive_seed, identity_collate, load_into_memory
-from features import clear_features, compute_features, extract_features, read_features, save_features
+from data import (
+    DataError,
+    EpochSampler,
+    build_datasets,
+    derive_seed,
+    identity_collate,
+    load_into_memory,
+)
+from features import (
+    clear_features,
+    compute_features,
+    extract_features,
+    read_features,
+    save_features,
+)
 from loss import info_nce, proto_nce
 from metrics import knn_accuracy
 from model import MoCo, backbone, build_encoder
-from runtime import checkpoint, cli, distributed, pictures, weights
-from runtime.checkpoint import FIGURES, RunState, write_log
+from runtime import checkpoint, cli, distributed, report, weights
+from runtime.directory import choose_directory, lock, write_args
 from runtime.distributed import get_rank_and_world, print_main
 
-SYNC_EVERY = 20  # steps between the moments when the host waits for the device, to see the figures of those steps
-SAVE_EVERY = 60  # seconds; of epochs shorter than that, not every one is saved
-MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip for an overflow
-MAX_KNN = 50_000  # images that the kNN accuracy during training looks at; the evaluation script takes all
-# Recipes, with rates per batch of 256: MoCo v2's and PCL's, and those for images up to 64 pixels (README, Results)
-IMAGENET = {"batch_size": 256, "lr": 0.03, "wd": 1e-4, "temperature": 0.2, "moco_m": 0.999, "bn_splits": 8}
-SMALL_IMAGES = {"batch_size": 128, "lr": 0.12, "wd": 5e-4, "temperature": 0.1, "moco_m": 0.99, "bn_splits": 2}
-FEW_SMALL_IMAGES = IMAGENET | {"moco_m": 0.99}  # below 5,000, as the digits
-OPTIMIZERS = {"sgd": {"lr": 0.03}, "adamw": {"lr": 1e-3, "wd": 0.01}}  # rates go with the recipe's: these at 0.03
-OPTIMIZERS |= {"lamb": {"lr": 5e-3, "wd": 0.02}, "lars": {"lr": 0.3, "wd": 1e-6}}
-AUGMENTATION = ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "flip")
-SIZES = ("arch", "stem", *IMAGENET, "pcl_r", "num_cluster", "cluster_head")
+SYNC_EVERY = 20  # steps between reads of their results; each read makes the host wait
+SAVE_EVERY = 60  # seconds between checkpoints; shorter epochs are not all saved
+MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip after an overflow
+MAX_KNN = 50_000  # images per part in the kNN accuracy during training
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUGMENTATION = ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "flip")
+ANNOUNCED = (  # settings that are printed at the start
+    "arch",
+    "stem",
+    "batch_size",
+    "lr",
+    "wd",
+    "temperature",
+    "moco_m",
+    "bn_splits",
+    "pcl_r",
+    "num_cluster",
+    "cluster_head",
+)
 
 
-# -- the method ---------------------------------------------------------------------------------------------------
-def train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run, args, keys, stop):
-    """M-step: the steps of one epoch from `run.step` on, up to its end or a stop signal (PCL, algorithm 1).
-    forward: `model`, or what averages its gradients over the processes. keys: the directory for the epoch's keys, or
-    None. The features to cluster, and the figures, stay on the device for SYNC_EVERY steps."""
-    model.train()
+# -- the method: M-step, E-step, epochs ------------------------------------------------------------
+def train_one_epoch(run, network, loader, random_view, keys, stop):
+    """M-step: train epoch `run.epoch` from step `run.step` on (PCL, algorithm 1).
+
+    network: `run.model` or, with several processes, its DistributedDataParallel wrapper.
+    keys: directory for the keys of this epoch, which the next E-step clusters; None: not kept.
+    stop: StopSignals; a signal ends the epoch after the current step.
+    """
+    args, model, optimizer, scaler = run.args, run.model, run.optimizer, run.scaler
     rank, world = get_rank_and_world()
-    clusters = run.clusters if run.epoch >= args.warmup else None  # the warm-up is InfoNCE alone
-    steps, first, pending = len(loader.dataset) // args.batch_size, run.step, []
+    steps = len(loader.dataset) // args.batch_size
+    first_step = run.step
+    clusters = None  # warm-up: InfoNCE alone
+    if run.epoch >= args.warmup:
+        clusters = run.clusters
+    pending = []  # results of the latest steps, still on the device
+    start = time.time()
+
+    model.train()
     bar = cli.Progress(loader, desc=f"epoch {run.epoch}", disable=rank > 0)
     for images, index in bar:
-        seeds = args.seed, run.epoch, run.step
-        torch.manual_seed(derive_seed(*seeds, rank))  # so that resuming needs no random state
+        # every step has its own seed, so a resumed run needs no saved random state
+        torch.manual_seed(derive_seed(args.seed, run.epoch, run.step, rank))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.epoch + run.step / steps, args)
 
-        draws = RandomView.draw(args.batch_size, derive_seed(*seeds))[:, rank::world]  # (2, N, DRAWS)
-        im_q, im_k = random_view.two_views(images.to(args.device, non_blocking=True), draws)  # (N, 3, S, S)
-        if args.symmetric:  # each view is the query once; all that follows is of 2 N views
-            im_q, im_k, index = torch.cat([im_q, im_k]), torch.cat([im_k, im_q]), torch.cat([index, index])
+        # two random views; every rank draws for the whole batch and keeps its own share
+        draws = RandomView.draw(args.batch_size, seed=derive_seed(args.seed, run.epoch, run.step))
+        images = images.to(args.device, non_blocking=True)
+        im_q, im_k = random_view.two_views(images, draws[:, rank::world])  # (N, 3, S, S) each
+        if args.symmetric:  # each view is the query once: N doubles from here on
+            im_q, im_k = torch.cat([im_q, im_k]), torch.cat([im_k, im_q])
+            index = torch.cat([index, index])
+
+        # InfoNCE + ProtoNCE
         with autocast(args):
-            q, k, to_cluster = forward(im_q, im_k, clusters is not None, features=True)  # (N, D) each
+            q, k, c, features = network(im_q, im_k, clusters is not None)  # (N, D) each
         loss_inst, acc_inst = info_nce(q, k, model.queue, args.temperature)
         loss_proto = acc_proto = torch.zeros_like(acc_inst)
         if clusters is not None:
-            loss_proto, acc_proto = proto_nce(q, index.to(args.device, non_blocking=True), clusters, args.pcl_r)
+            samples = index.to(args.device, non_blocking=True)
+            loss_proto, acc_proto = proto_nce(c, samples, clusters, args.pcl_r)
         loss = loss_inst + loss_proto
 
+        # update the query encoder, then the key encoder and the queue
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf, foreach=True)
+        # without --clip-grad the norm is only measured
+        grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf, foreach=True)
         scaler.step(optimizer)
         scaler.update()
         model.momentum_update_key_encoder()
         model.dequeue_and_enqueue(k)
-
-        figures = torch.stack([loss_inst.detach(), loss_proto.detach(), acc_inst, acc_proto, norm])  # as in FIGURES
-        pending.append((index[: len(images)], to_cluster[: len(images)], figures))
         run.step += 1
+
+        # keep the results on the device and look at them every SYNC_EVERY steps
+        figures = {
+            "loss_inst": loss_inst.detach(),
+            "loss_proto": loss_proto.detach(),
+            "acc_inst": acc_inst,
+            "acc_proto": acc_proto,
+            "grad_norm": grad_norm,
+        }
+        n = len(images)  # with --symmetric, the second half repeats the samples of the first
+        pending.append((index[:n], features[:n], figures))
         if len(pending) == SYNC_EVERY:
-            sync(pending, scaler, run, args, keys)
-            left = (args.epochs - run.epoch) * steps - run.step
-            bar.say(f"loss {run.totals[:2].sum() / run.step:.3f}", left / (run.step - first))
+            collect_results(run, pending, keys)
+            mean_loss = (run.totals["loss_inst"] + run.totals["loss_proto"]) / run.step
+            steps_left = (args.epochs - run.epoch) * steps - run.step
+            bar.say(f"loss {mean_loss:.3f}", steps_left / (run.step - first_step))
         if stop.received_by_any():
             break
-    sync(pending, scaler, run, args, keys)
+    collect_results(run, pending, keys)
+    run.seconds += time.time() - start
+    share_results(run)
 
 
-def e_step(model, images, previous, epoch, args, keys=None):
-    """E-step: the Clusters of all training images for `epoch`, a list with one for each of --num-cluster (PCL, eq. 12).
-    images: the training images under the plain view. previous: the Clusters to start from, or None. keys: the
-    directory with the features that training has left; those of images that it left out, and without `keys` all, are
-    computed from the plain images. The granularities are spread over the ranks; every rank gets the same list."""
+def collect_results(run, pending, keys):
+    """Read the results of the `pending` steps from the device, and empty the list.
+
+    pending: (index (N,), features (N, D), {figure: scalar tensor}) for each of the latest steps.
+    keys: directory to save the features in, or None.
+    Ends the program if the run has diverged.
+    """
+    first_step = run.step - len(pending)
+    for step, (_, _, figures) in enumerate(pending, first_step):
+        values = torch.stack(list(figures.values())).tolist()  # the host waits for the device here
+        figures = dict(zip(figures, values, strict=True))
+        stop_if_diverged(run, step, figures)
+        for name, value in figures.items():
+            if not math.isfinite(value):  # the gradient norm of a step that the scaler skipped
+                value = 0.0
+            run.totals[name] = run.totals.get(name, 0.0) + value
+
+    if keys is not None and pending:
+        index = torch.cat([index for index, _, _ in pending])
+        features = torch.cat([features for _, features, _ in pending])
+        # the position in the epoch of the first sample: unique, even if the number of ranks changes
+        number = first_step * run.args.batch_size + get_rank_and_world()[0]
+        save_features(keys, number, index, features)
+    pending.clear()
+
+
+def share_results(run):
+    """Average the figures over the ranks, and copy rank 0's buffers (batch norm, queue) to all."""
+    all_totals = distributed.all_gather_objects(run.totals)
+    run.totals = {
+        name: sum(totals[name] for totals in all_totals) / len(all_totals) for name in run.totals
+    }
+    for buffer in run.model.buffers():
+        distributed.broadcast(buffer)
+
+
+def stop_if_diverged(run, step, figures):
+    """End the program if the loss or the gradient is not finite.
+
+    With a gradient scaler, a few steps in a row may overflow: the scaler skips them.
+    """
+    loss = figures["loss_inst"] + figures["loss_proto"]
+    if math.isfinite(figures["grad_norm"]):
+        run.skipped_in_a_row = 0
+    else:
+        run.skipped += 1
+        run.skipped_in_a_row += 1
+    allowed = 0
+    if run.scaler.is_enabled():
+        allowed = MAX_SKIPPED
+    if math.isfinite(loss) and run.skipped_in_a_row <= allowed:
+        return
+    raise SystemExit(
+        f"stopped at epoch {run.epoch}, step {step}: the loss is {loss:.4g} and the gradient norm "
+        f"{figures['grad_norm']:.4g}; the last good state is in {run.args.exp_dir}. "
+        "Try a lower --lr, a longer --lr-warmup, or --clip-grad 1"
+    )
+
+
+def e_step(run, images, epoch, keys=None):
+    """E-step: cluster all training images for `epoch`, once per --num-cluster (PCL, eq. 12).
+
+    images: the training images under the plain view.
+    keys: directory of the keys that training has saved. Images without a saved key, and all images
+        if `keys` is None, are passed through the momentum encoder.
+    k-means starts from the centroids of the previous epoch if there are any.
+    Returns one Clusters per granularity, the same on every rank.
+    """
+    args = run.args
     rank, world = get_rank_and_world()
-    directory, n = Path(args.exp_dir) / "features", len(images)
-    clear_features(directory)
-    file, features, missing = directory / "features.npy", None, np.arange(n)
-    if keys is not None and rank == 0:
-        features, missing = read_features(keys, n, file)
-    missing = distributed.broadcast_object(missing)
-    with autocast(args):
-        plain = plain_loader(images, missing, args)
-        compute_features(plain, lambda x: model.encode(normalize(x)), directory, args.device)
-    if rank == 0:
-        _, left = read_features(directory, n, file, features)
-        if len(lost := np.intersect1d(missing, left)):
-            raise RuntimeError(f"{directory} lacks the features of {len(lost)} images that were just saved there")
-        del features  # closes the file
-    distributed.broadcast_object(None)  # the others wait for the first rank
-    features = np.load(file, mmap_mode="c")  # (n, D), on the disk; "r" makes torch warn
+    features = gather_features(run, images, keys)  # (n, D), on the disk
+    previous = {}
+    for clusters in run.clusters or []:
+        previous[len(clusters.centroids)] = clusters.centroids.cpu().numpy()
 
-    start = {len(level.centroids): level.centroids.cpu().numpy() for level in previous or ()}
-    found, granularities = {}, sorted(set(args.num_cluster))
+    # each rank clusters some of the granularities
+    granularities = sorted(set(args.num_cluster))
+    found = {}
     for k in granularities[rank::world]:
-        warm = {"niter": 10, "init": [start[k]]} if k in start else {}
-        (found[k],) = run_kmeans(features, [k], args.temperature, args.seed + epoch, **warm)
+        options = {"niter": 10, "init": [previous[k]]} if k in previous else {}
+        seed = args.seed + epoch
+        found[k] = run_kmeans(features, [k], args.temperature, seed, **options)[0]
+
+    # then all ranks get all of them
     for i, k in enumerate(granularities):
-        level = found.setdefault(k, Clusters.empty(n, k, features.shape[1]))
-        for tensor in level:
+        if k not in found:
+            found[k] = Clusters.empty(len(images), k, features.shape[1])
+        for tensor in found[k]:
             distributed.broadcast(tensor, source=i % world)
-    if rank == 0 and is_milestone(epoch, args):
-        path = directory.parent / "prototypes.png"
-        pictures.draw_prototypes(path, images, features, found[args.num_cluster[0]], epoch)
+
+    if rank == 0 and is_milestone(epoch, args.epochs):
+        path = Path(args.exp_dir) / "prototypes.png"
+        report.draw_prototypes(path, images, features, found[args.num_cluster[0]], epoch)
     return [found[k].to(args.device) for k in args.num_cluster]
 
 
-def train(model, optimizer, scaler, datasets, run, args, stop):
-    """All epochs: M-step, E-step for the next one; kNN accuracy, log and checkpoints in between."""
-    rank, world = get_rank_and_world()
-    directory, steps = Path(args.exp_dir), len(datasets.train) // args.batch_size
-    save = functools.partial(checkpoint.save, directory, run, model, optimizer, scaler, args)
+def gather_features(run, images, keys):
+    """The features to cluster: (len(images), D) float32, one memory-mapped file for all ranks.
+
+    The saved keys and, for images without one, the momentum encoder's output for the plain view.
+    """
+    args, n = run.args, len(images)
+    rank, _ = get_rank_and_world()
+    directory = Path(args.exp_dir) / "features"
+    path = directory / "features.npy"
+    clear_features(directory)
+
+    # the keys that training has saved
+    features = None
+    missing = np.arange(n)
+    if keys is not None and rank == 0:
+        features, missing = read_features(keys, n, path)
+    missing = distributed.broadcast_object(missing)
+
+    # a pass over the images without a key
+    def encode(batch):
+        return run.model.encode(normalize(batch))
+
+    with autocast(args):
+        loader = plain_loader(images, missing, args)
+        compute_features(loader, encode, directory, args.device)
+    if rank == 0:
+        features, still_missing = read_features(directory, n, path, features)
+        lost = np.intersect1d(missing, still_missing)
+        if len(lost):
+            raise RuntimeError(f"{directory} lacks {len(lost)} features that were just saved there")
+        del features  # closes the file
+
+    distributed.barrier()  # the other ranks wait for the file
+    return np.load(path, mmap_mode="c")  # torch warns about arrays mapped with "r"
+
+
+def train(run, datasets, stop):
+    """Alternate M-steps and E-steps until the last epoch; evaluate, log and save in between."""
+    args = run.args
+    rank, _ = get_rank_and_world()
+    directory = Path(args.exp_dir)
+    save = functools.partial(checkpoint.save, directory, run)
     save()
     board = SummaryWriter(directory, purge_step=run.epoch) if rank == 0 else None
-    if run.knn_untrained is None and datasets.labelled:
-        run.knn_untrained = held_out_knn(model, datasets, args)
-        print_main(f"kNN accuracy of the untrained network: {run.knn_untrained:.1f} %")
-    in_memory = datasets.train.pixels is not None  # else the loader's workers have cropped the images
-    random_view = RandomView(args.image_size, crop=in_memory, **datasets.augmentation)
-    sampler = EpochSampler(len(datasets.train), args.batch_size, args.seed, rank, world)
-    loader = make_loader(datasets.train, sampler, args.batch_size // world, args)
-    first, saved = run.epoch, 0.0 if run.step else time.time()  # half an epoch's keys are lost once the next begins
+    evaluate_untrained(run, datasets)
+    loader, random_view = build_training_loader(datasets, args)
+    network = None
+    last_save = time.time()
+    if run.step > 0:  # resumed within an epoch: save at its end, the next one deletes its keys
+        last_save = 0.0
 
     while run.epoch < args.epochs:
-        epoch, last = run.epoch, run.epoch == args.epochs - 1
-        if epoch >= args.warmup and run.clusters is None:
-            run.clusters = e_step(model, datasets.plain, None, epoch, args)
-        keys = None
-        if args.features == "keys" and epoch + 1 >= args.warmup and not last:
-            keys = directory / "features" / "keys"
-            clear_features(keys, first=run.step * args.batch_size)
-        if epoch in (first, args.warmup):
-            forward = distributed.data_parallel(model, model.cluster_head_parameters() if epoch < args.warmup else ())
-        sampler.set_epoch(epoch, run.step)
-        datasets.train.set_epoch(epoch)
-        start = time.time()
-        train_one_epoch(model, forward, loader, random_view, optimizer, scaler, run, args, keys, stop)
-        run.seconds += time.time() - start
-        run.totals = sum(distributed.all_gather_objects(run.totals)) / world
-        stop.exit_if_received(save)
-        for buffer in model.buffers():  # running statistics: the first rank's, on every rank
-            distributed.broadcast(buffer)
+        epoch = run.epoch
+        is_last = epoch == args.epochs - 1
+        e_step_follows = epoch + 1 >= args.warmup and not is_last
 
-        due = is_milestone(epoch, args) or distributed.broadcast_object(time.time() - saved > SAVE_EVERY)
+        # M-step
+        if epoch >= args.warmup and run.clusters is None:  # there was no E-step before this epoch
+            run.clusters = e_step(run, datasets.plain, epoch)
+        if network is None or epoch == args.warmup:  # the cluster head takes part from here on
+            unused = run.model.cluster_head_parameters() if epoch < args.warmup else ()
+            network = distributed.data_parallel(run.model, unused)
+        keys = clear_keys(run) if args.features == "keys" and e_step_follows else None
+        loader.sampler.set_epoch(epoch, run.step)
+        datasets.train.set_epoch(epoch)
+        train_one_epoch(run, network, loader, random_view, keys, stop)
+        stop.exit_if_received(save)
+
+        # kNN accuracy, and the E-step for the next epoch
+        is_kept = is_milestone(epoch, args.epochs)
+        due = is_kept or distributed.broadcast_object(time.time() - last_save > SAVE_EVERY)
         if due:
             save()
-        knn = next_clusters = None
-        if datasets.labelled and (last or (epoch + 1) % args.knn_every == 0):
-            knn = held_out_knn(model, datasets, args)
+        knn = None
+        if datasets.labelled and (is_last or (epoch + 1) % args.knn_every == 0):
+            knn = held_out_knn(run.model, datasets, args)
             stop.exit_if_received(save)
-        if epoch + 1 >= args.warmup and not last:
-            next_clusters = e_step(model, datasets.plain, run.clusters, epoch + 1, args, keys)
-        means = (run.totals / steps).tolist()
-        row = {"epoch": epoch, "loss": means[0] + means[1], **dict(zip(FIGURES, means, strict=True))}
-        row |= {"lr": learning_rate(epoch + 1 - 1 / steps, args)}
-        row |= {"images_per_second": steps * args.batch_size / run.seconds, "skipped": run.skipped, "knn": knn}
-        run.log.append(row)
-        write_log(directory, board, run.log, run.knn_untrained, args)
-        run.epoch, run.step, run.totals, run.seconds, run.clusters = epoch + 1, 0, torch.zeros(5), 0.0, next_clusters
+        clusters = None
+        if e_step_follows:
+            clusters = e_step(run, datasets.plain, epoch + 1, keys)
+
+        # log and checkpoint
+        run.log.append(summarize_epoch(run, len(datasets.train) // args.batch_size, knn))
+        warning = diagnose.warn_of_leak(run.log, run.knn_untrained, vars(args))
+        report.write_log(directory, board, run.log, warning)
+        run.begin_epoch(epoch + 1, clusters)
         if due:
-            save(copy=f"checkpoint_{epoch:04d}.pth.tar" if is_milestone(epoch, args) else None)
-            saved = time.time()
-            if rank == 0:
-                pictures.draw_curves(directory / "curves.png", run.log, args.warmup, run.knn_untrained)
+            save(copy=f"checkpoint_{epoch:04d}.pth.tar" if is_kept else None)
+            last_save = time.time()
+            report.draw_curves(directory / "curves.png", run.log, args.warmup, run.knn_untrained)
         stop.exit_if_received(save)
     if rank == 0:
         board.close()
         shutil.rmtree(directory / "features", ignore_errors=True)
 
 
-def sync(pending, scaler, run, args, keys):
-    """Take over what the `pending` steps, of which `run.step` - 1 is the last, have left on the device; empty the list.
-    pending: of each step its samples' positions (N,), features to cluster (N, D) and FIGURES (5,). Ends the program at
-    a loss that is not finite, or a gradient, unless a gradient scaler is at work and it is one of few in a row."""
-    first, allowed = run.step - len(pending), MAX_SKIPPED if scaler.is_enabled() else 0
-    for step, (*_, figures) in enumerate(pending, first):
-        loss_inst, loss_proto, *_, norm = figures = figures.cpu()  # the host waits for the device here
-        loss = loss_inst + loss_proto
-        overflow = not math.isfinite(norm)  # with a scaler, a step that was skipped
-        run.skipped += overflow
-        run.skipped_in_a_row = run.skipped_in_a_row + 1 if overflow else 0
-        if not math.isfinite(loss) or run.skipped_in_a_row > allowed:
-            raise SystemExit(
-                f"stopped at epoch {run.epoch}, step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g}; "
-                f"what was good is in {args.exp_dir}. Try a lower --lr, a longer --lr-warmup or --clip-grad 1"
-            )
-        run.totals += figures.nan_to_num(posinf=0.0)
-    if keys is not None and pending:
-        index, to_cluster, _ = zip(*pending, strict=True)
-        number = first * args.batch_size + get_rank_and_world()[0]  # which no other rank has, nor number of ranks
-        save_features(keys, number, torch.cat(index), torch.cat(to_cluster))
-    pending.clear()
+def build_training_loader(datasets, args):
+    """The DataLoader of the training images, and the RandomView that makes two views of a batch."""
+    rank, world = get_rank_and_world()
+    sampler = EpochSampler(len(datasets.train), args.batch_size, args.seed, rank, world)
+    loader = make_loader(datasets.train, sampler, args.batch_size // world, args)
+    # images in memory are cropped on the device, others by the loader's workers
+    in_memory = datasets.train.pixels is not None
+    return loader, RandomView(args.image_size, crop=in_memory, **datasets.augmentation)
+
+
+def clear_keys(run):
+    """The directory for the keys of the current epoch, without those of steps still to come."""
+    keys = Path(run.args.exp_dir) / "features" / "keys"
+    clear_features(keys, first=run.step * run.args.batch_size)
+    return keys
+
+
+def summarize_epoch(run, steps, knn):
+    """The row of log.csv for the epoch that has just ended, {column: value}.
+
+    knn: kNN accuracy in percent, or None.
+    """
+    row = {"epoch": run.epoch, "loss": 0.0}
+    for name, total in run.totals.items():
+        row[name] = total / steps
+    row["loss"] = row["loss_inst"] + row["loss_proto"]
+    row["lr"] = learning_rate(run.epoch + 1 - 1 / steps, run.args)  # of the last step
+    row["images_per_second"] = steps * run.args.batch_size / run.seconds
+    row["skipped"] = run.skipped
+    row["knn"] = knn
+    return row
+
+
+def evaluate_untrained(run, datasets):
+    """Store the kNN accuracy before the first step, to compare with, if there are labels."""
+    if run.knn_untrained is None and datasets.labelled:
+        run.knn_untrained = held_out_knn(run.model, datasets, run.args)
+        print_main(f"kNN accuracy of the untrained network: {run.knn_untrained:.1f} %")
 
 
 def held_out_knn(model, datasets, args):
-    """kNN accuracy in percent of the query backbone on the held-out images."""
-    network, labelled = backbone(model.encoder_q).eval(), []
+    """kNN accuracy of the query backbone on the held-out images, in percent."""
+    network = backbone(model.encoder_q).eval()
+    parts = []  # features (n, D), labels (n,) of the training images, then of the held-out ones
     for images in (datasets.plain, datasets.val):
-        some = np.arange(0, len(images), -(-len(images) // MAX_KNN))
+        stride = math.ceil(len(images) / MAX_KNN)
+        loader = plain_loader(images, np.arange(0, len(images), stride), args)
         with autocast(args):
-            found = extract_features(plain_loader(images, some, args), lambda x: network(normalize(x)), args.device)
-        features, index = found  # (n, D), (n,)
+            features, index = extract_features(loader, lambda x: network(normalize(x)), args.device)
         labels = images.labels[index]
-        labelled += features[labels >= 0].to(args.device), labels[labels >= 0].to(args.device)
-    return distributed.broadcast_object(knn_accuracy(*labelled) if get_rank_and_world()[0] == 0 else None)
+        labelled = labels >= 0
+        parts += [features[labelled].to(args.device), labels[labelled].to(args.device)]
+    knn = None
+    if get_rank_and_world()[0] == 0:
+        knn = knn_accuracy(*parts)
+    return distributed.broadcast_object(knn)
 
 
 def make_loader(images, sampler, batch_size, args):
-    """A loader of `images`; those kept in memory need no workers, and are on the device already."""
-    options = {"collate_fn": identity_collate}
+    """A DataLoader over `images`; images in memory need no workers and no pinned copies."""
+    options = {}
     if images.pixels is None:
-        options |= {"num_workers": args.workers, "worker_init_fn": distributed.ignore_stop_signals}
-        options |= {"pin_memory": args.device == "cuda", "persistent_workers": args.workers > 0}
-    return DataLoader(images, batch_size, sampler=sampler, **options)
+        options["num_workers"] = args.workers
+        options["persistent_workers"] = args.workers > 0
+        options["pin_memory"] = args.device == "cuda"
+        options["worker_init_fn"] = distributed.ignore_stop_signals
+    return DataLoader(images, batch_size, sampler=sampler, collate_fn=identity_collate, **options)
 
 
 def plain_loader(images, index, args):
-    """A loader of this rank's share of the images number `index`."""
+    """A DataLoader over this rank's share of the images with the numbers `index`."""
     rank, world = get_rank_and_world()
-    return make_loader(images, index[rank::world].tolist(), 4 * args.batch_size // world, args)
+    batch_size = (
+        4 * args.batch_size // world
+    )  # more than in training, because there are no gradients
+    return make_loader(images, index[rank::world].tolist(), batch_size, args)
 
 
-def is_milestone(epoch, args):
-    """Whether the checkpoint and the picture of `epoch` are kept: of ten in a run, the last among them."""
-    return epoch == args.epochs - 1 or (epoch + 1) % max(1, args.epochs // 10) == 0
+def is_milestone(epoch, epochs):
+    """Whether `epoch` keeps a checkpoint and a picture: about ten times per run, and at its end."""
+    return epoch == epochs - 1 or (epoch + 1) % max(1, epochs // 10) == 0
 
 
-# -- schedule, optimizer, precision -------------------------------------------------------------------------------
+# -- schedule, optimizer, precision ----------------------------------------------------------------
 def learning_rate(progress, args):
-    """The learning rate at `progress` epochs: linear warm-up, then cosine (to 0) or x0.1 at each of --schedule."""
+    """The learning rate after `progress` epochs.
+
+    Linear warm-up, then a cosine down to 0 (--cos) or a factor of 0.1 at each of --schedule.
+    The warm-up starts slightly above 0, so that the first step is one.
+    """
     if progress < args.lr_warmup:
         return args.lr * (progress + 1e-3) / args.lr_warmup
     if args.cos:
         return args.lr * 0.5 * (1 + math.cos(math.pi * progress / args.epochs))
-    return args.lr * 0.1 ** sum(progress >= epoch for epoch in args.schedule)
+    drops = sum(progress >= epoch for epoch in args.schedule)
+    return args.lr * 0.1**drops
 
 
 def build_optimizer(model, args):
-    """The optimizer of --optim. SGD decays all weights, as published; the others spare biases and batch norm."""
+    """The optimizer of --optim. SGD decays all weights, as published.
+
+    The others do not decay biases and batch norm.
+    """
     if args.optim == "sgd":
         parameters = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.wd, foreach=True)
-    from timm.optim import create_optimizer_v2  # takes a second to import
+        return torch.optim.SGD(
+            parameters, args.lr, momentum=args.momentum, weight_decay=args.wd, foreach=True
+        )
+    from timm.optim import create_optimizer_v2  # here, because the import takes a second
 
-    extra = {"lamb": {"max_grad_norm": None}, "lars": {"momentum": args.momentum}}.get(args.optim, {})
-    return create_optimizer_v2(model, args.optim, lr=args.lr, weight_decay=args.wd, **extra)
+    options = {}
+    if args.optim == "lamb":
+        options["max_grad_norm"] = None  # clipping is --clip-grad's
+    if args.optim == "lars":
+        options["momentum"] = args.momentum
+    return create_optimizer_v2(model, args.optim, lr=args.lr, weight_decay=args.wd, **options)
 
 
 def autocast(args):
-    """A context in which the networks compute in mixed precision, where --amp asks for it."""
+    """Context in which the networks compute in mixed precision, if --amp asks for it."""
     return torch.autocast(args.device, DTYPES[args.amp_dtype], enabled=args.amp)
 
 
-# -- defaults and arguments ---------------------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------
 def fill_in_defaults(args, datasets, world, device):
-    """The arguments with all that the command line left open and that follows from the data or from another flag."""
-    n, image_size, epochs = len(datasets.train), datasets.image_size, args.epochs
-    small = image_size <= SMALL
-    base = IMAGENET if not small else SMALL_IMAGES if n >= 5000 else FEW_SMALL_IMAGES
-    recipe = base | OPTIMIZERS[args.optim]
-    batch_size = args.batch_size or min(recipe["batch_size"], 2 ** int(math.log2(max(8, n / 10)))) // world * world
-    local_batch = batch_size // world
-    bf16 = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    defaults = {
-        **datasets.augmentation,
-        **recipe,
-        "arch": "resnet18_w16" if image_size <= 16 else "resnet18" if small else "resnet50",
-        "stem": "small" if small else "imagenet",
-        "batch_size": batch_size,
-        "lr": recipe["lr"] * base["lr"] / OPTIMIZERS["sgd"]["lr"] * batch_size / 256,
-        "lr_warmup": 0 if args.optim == "sgd" else epochs // 20,
-        "schedule": [epochs * 6 // 10, epochs * 8 // 10],
-        "pcl_r": min(16384, 2 ** int(math.log2(max(1, n / 12)))),
-        "num_cluster": default_num_cluster(n),
-        "bn_splits": 1 if local_batch % 2 else math.gcd(max(1, recipe["bn_splits"] // world), local_batch // 2),
-        "knn_every": max(1, epochs // 20),
-        "workers": min(8, max(1, (os.cpu_count() or 1) // world)),
-    }
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    auto = {"amp_dtype": "bf16" if bf16 else "fp16"} if args.amp_dtype == "auto" else {}
-    given |= {"image_size": image_size, "device": device, **auto}
-    return argparse.Namespace(**(vars(args) | defaults | given))
+    """`args` with every default filled in. A flag always wins."""
+    n = len(datasets.train)
+    defaults = recipes.default_settings(
+        n, datasets.image_size, args.optim, args.epochs, world, args.batch_size
+    )
+    defaults |= datasets.augmentation
+    defaults["num_cluster"] = default_num_cluster(n)
+    defaults["workers"] = min(8, max(1, (os.cpu_count() or 1) // world))
+
+    final = {**vars(args), **defaults}
+    for name, value in vars(args).items():
+        if value is not None:
+            final[name] = value
+    final["image_size"] = datasets.image_size
+    final["device"] = device
+    if args.amp_dtype == "auto":
+        has_bf16 = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+        final["amp_dtype"] = "bf16" if has_bf16 else "fp16"
+    return argparse.Namespace(**final)
 
 
 def check(args, n, world):
-    """End the program in one line where the arguments do not fit each other or the `n` training images."""
-    b, splits, most = args.batch_size // world, args.bn_splits, max(args.num_cluster)
-    mistakes = {
-        f"{n} training images are fewer than one batch of {args.batch_size}; lower --batch-size": args.batch_size > n,
-        f"--batch-size {args.batch_size} is not a multiple of the {world} processes": args.batch_size % world,
-        f"{b} images a process do not make {splits} equal groups of 2 or more; change --bn-splits": b % splits
-        or b < 2 * splits,
-        f"{most} clusters are more than the {n} training images; lower --num-cluster": most > n,
-        f"--crop-min is a part of the image's area, at most 1, not {args.crop_min}": args.crop_min > 1,
-        f"there is no checkpoint {args.resume}": args.resume and not Path(args.resume).exists(),
-    }
-    for message, made in mistakes.items():
-        if made:
+    """End the program in one line if the arguments contradict each other or `n` images."""
+
+    def refuse(mistake, message):
+        if mistake:
             cli.fail(message)
+
+    refuse(
+        args.batch_size > n,
+        f"{n} training images are fewer than one batch of {args.batch_size}; lower --batch-size",
+    )
+    refuse(
+        args.batch_size % world,
+        f"--batch-size {args.batch_size} is not a multiple of the {world} processes",
+    )
+    local_batch = args.batch_size // world
+    refuse(
+        local_batch % args.bn_splits or local_batch < 2 * args.bn_splits,
+        f"{local_batch} images per process do not split into {args.bn_splits} equal groups of 2 or "
+        "more; change --bn-splits",
+    )
+    most = max(args.num_cluster)
+    refuse(
+        most > n,
+        f"{most} clusters are more than the {n} training images; lower --num-cluster",
+    )
+    refuse(
+        args.crop_min > 1,
+        f"--crop-min is a fraction of the image's area, at most 1, not {args.crop_min}",
+    )
+    refuse(
+        args.resume and not Path(args.resume).exists(),
+        f"there is no checkpoint {args.resume}",
+    )
     try:
         build_encoder(args.arch)
     except ValueError as error:
@@ -337,113 +537,369 @@ def check(args, n, world):
 
 
 def get_parser():
-    recipes = {"above 64 pixels": IMAGENET, "up to 64": SMALL_IMAGES, "few of them": FEW_SMALL_IMAGES, **OPTIMIZERS}
-    recipes = "\n".join(f"recipe {name}, lr per batch of 256: {values}" for name, values in recipes.items())
-    parser, switch = cli.Parser(__doc__, epilog=recipes), argparse.BooleanOptionalAction
-    head = "head b, on the momentum key: none, as published; report, one more layer, from the end of the warm-up on"
-    features = "what is clustered: the keys of the epoch just trained, or what a pass over the plain images gives"
-
-    add = parser.add_argument_group("data and augmentation").add_argument
-    add("data", nargs="?", help="folder of images, maybe with train/, val/; cifar10, cifar100, stl10; default: digits")
-    add("--image-size", type=cli.positive_int, help="side of a view, pixels; default: the images' own, at most 224")
-    add("--aug-plus", action=switch, default=True, help="MoCo v2's augmentation; off: MoCo v1's")
-    add("--crop-min", type=cli.positive_float, help="smallest area of a random crop; default: 0.2, digits 0.5")
-    add("--color-jitter", action=switch, default=True, help="the augmentation's strongest part; slows the warm-up")
-    add("--grayscale", action=switch, default=True, help="drop the colour of a fifth of the views")
-    add("--blur", action=switch, help="default: above 64 pixels only; below it erases what there is")
-    add("--flip", action=switch, help="default: on, but for digits, where a mirror image is another sign")
-    add("-j", "--workers", type=cli.nonnegative_int, help="processes per rank to load images; default: cores, up to 8")
-
-    add = parser.add_argument_group("model, losses and clustering").add_argument
-    add("-a", "--arch", help="resnet18, 34, 50, 101, 152; resnet18_w16: 16 channels, not 64; default: by image size")
-    add("--init", metavar="FILE", help="a ResNet's weights, of any project, to start from; default: random ones")
-    add("--stem", choices=("small", "imagenet"), help="small: 3x3, stride 1, no max-pool; default: up to 64 pixels")
-    add("--low-dim", type=cli.positive_int, default=128, help="dimension of the features that are compared")
-    add("--mlp", action=switch, default=True, help="a hidden layer in the heads a and ã")
-    add("--cluster-head", choices=("none", "report"), default="none", help=head)
-    add("--symmetric", action=switch, default=False, help="both views as queries, at twice the work a step")
-    add("--moco-m", type=cli.bounded(float, 0, 1), help="momentum of the key encoder; default: by recipe")
-    add("--bn-splits", type=cli.positive_int, help="batch-norm groups per process, against leaks; default: by recipe")
-    add("--pcl-r", type=cli.positive_int, help="queue length, negative prototypes; default: by data, 16384 at most")
-    add("--temperature", type=cli.positive_float, help="of InfoNCE, mean of the concentrations; default: by recipe")
-    add("--num-cluster", type=cli.int_list, help="comma-separated; default: by data, 25000,50000,100000 for ImageNet")
-    add("--features", choices=("keys", "pass"), default="keys", help=features)
-    add("--warmup", "--warmup-epoch", type=cli.nonnegative_int, default=20, help="epochs of InfoNCE alone at the start")
-
-    add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=cli.positive_int, default=200, help="epochs in all, the warm-up among them")
-    add("-b", "--batch-size", type=cli.positive_int, help="of all processes; default: by recipe, less for little data")
-    add("--optim", choices=OPTIMIZERS, default="sgd", help="lamb and lars are timm's")
-    add("--lr", "--learning-rate", type=cli.positive_float, help="default: optimizer's x recipe's / 0.03 x batch / 256")
-    add("--lr-warmup", type=cli.nonnegative_int, help="epochs of linear increase; default: a twentieth, for sgd none")
-    add("--cos", action="store_true", help="cosine schedule down to 0, in place of --schedule")
-    add("--schedule", type=cli.positive_int, nargs="*", help="epochs where the rate drops x0.1; default: at 60, 80 %%")
-    add("--momentum", type=cli.bounded(float, 0, 1), default=0.9, help="of sgd and lars")
-    add("--wd", "--weight-decay", type=cli.nonnegative_float, dest="wd", help="weight decay; default: by recipe")
-    add("--clip-grad", type=cli.positive_float, help="largest norm of the unscaled gradients; default: no limit")
-    add("--amp", action="store_true", help="mixed precision: faster, in less memory")
-    add("--amp-dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 where the device has it, else fp16")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--exp-dir", metavar="DIR", help="where all of a run goes; default: experiment_pcl, or _2, _3, ... if taken")
-    add("--overwrite", action="store_true", help="remove the run that --exp-dir holds, and start anew")
-    add("--config", metavar="FILE", help="another run's args.json, to take its arguments; default: none; flags win")
-    add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE or the latest here; default: a new run")
-    add("--seed", type=cli.nonnegative_int, default=0, help="the same seed on the same machine: the same weights")
-    add("--knn-every", type=cli.positive_int, help="epochs between kNN accuracies; default: a twentieth of --epochs")
+    """The parser of all flags. A default of None follows from the data (recipes.py)."""
+    parser = cli.Parser(__doc__, epilog=recipes.recipes_as_text())
+    add_data_arguments(parser.add_argument_group("data and augmentation").add_argument)
+    add_model_arguments(parser.add_argument_group("model, losses and clustering").add_argument)
+    add_optimization_arguments(parser.add_argument_group("optimization").add_argument)
+    add_run_arguments(parser.add_argument_group("run").add_argument)
     return parser
 
 
-# -- a run --------------------------------------------------------------------------------------------------------
+def add_data_arguments(add):
+    switch = argparse.BooleanOptionalAction
+    add(
+        "data",
+        nargs="?",
+        help="a folder of images, with or without train/ and val/ or test/; or cifar10, "
+        "cifar100, stl10, which are downloaded; default: the handwritten digits in assets/",
+    )
+    add(
+        "--image-size",
+        type=cli.positive_int,
+        help="side of a view in pixels; default: the images' own size, at most 224",
+    )
+    add(
+        "--aug-plus",
+        action=switch,
+        default=True,
+        help="the augmentation of MoCo v2; --no-aug-plus gives MoCo v1's, with a stronger hue "
+        "change and no blur",
+    )
+    add(
+        "--crop-min",
+        type=cli.positive_float,
+        help="smallest area of a random crop, as a fraction of the image; smaller crops make the "
+        "task harder; default: 0.2, digits 0.5",
+    )
+    add(
+        "--color-jitter",
+        action=switch,
+        default=True,
+        help="change brightness, contrast, saturation and hue at random; without it the losses "
+        "fall faster and the features are worse",
+    )
+    add("--grayscale", action=switch, default=True, help="drop the colour of a fifth of the views")
+    add(
+        "--blur",
+        action=switch,
+        help="blur half of the views; erases small images; default: only above 64 pixels",
+    )
+    add(
+        "--flip",
+        action=switch,
+        help="mirror half of the views; turn it off if left and right matter; default: on, except "
+        "for digits",
+    )
+    add(
+        "-j",
+        "--workers",
+        type=cli.nonnegative_int,
+        help="processes per rank that load images, unless all images fit in memory; default: the "
+        "number of cores, at most 8",
+    )
+
+
+def add_model_arguments(add):
+    switch = argparse.BooleanOptionalAction
+    add(
+        "-a",
+        "--arch",
+        help="resnet18, resnet34, resnet50, resnet101 or resnet152; resnet18_w16 has 16 channels "
+        "in its first stage, not 64; default: by image size",
+    )
+    add(
+        "--init",
+        metavar="FILE",
+        help="start from the ResNet weights in FILE, of any project; try it with few images; "
+        "default: random weights",
+    )
+    add(
+        "--stem",
+        choices=("small", "imagenet"),
+        help="small: a 3x3 first convolution of stride 1 and no max-pool, which keeps the detail "
+        "of small images; default: small up to 64 pixels",
+    )
+    add(
+        "--low-dim",
+        type=cli.positive_int,
+        default=128,
+        help="dimension of the features that the losses compare",
+    )
+    add(
+        "--mlp",
+        action=switch,
+        default=True,
+        help="projection heads with a hidden layer, as in MoCo v2; --no-mlp gives MoCo v1's",
+    )
+    add(
+        "--cluster-head",
+        choices=("none", "report"),
+        default="none",
+        help="none: PCL as published; report: one more layer on the momentum keys once the warm-up "
+        "is over; it needs a long --warmup",
+    )
+    add(
+        "--symmetric",
+        action=switch,
+        default=False,
+        help="use each view as the query once: twice the work per step, and about the gain of "
+        "twice the epochs",
+    )
+    add(
+        "--moco-m",
+        type=cli.bounded(float, 0, 1),
+        help="momentum of the key encoder; higher values keep the keys in the queue consistent, "
+        "lower ones let the key encoder follow faster; default: by recipe",
+    )
+    add(
+        "--bn-splits",
+        type=cli.positive_int,
+        help="groups per process with their own batch-norm statistics; more groups make it harder "
+        "to recognise the key of a query by them; default: by recipe",
+    )
+    add(
+        "--pcl-r",
+        type=cli.positive_int,
+        help="queue length, and negative prototypes per granularity; a long queue of a small data "
+        "set holds every image several times; default: by data, at most 16384",
+    )
+    add(
+        "--temperature",
+        type=cli.positive_float,
+        help="temperature of InfoNCE, and mean concentration of the prototypes; lower values weigh "
+        "the hardest negatives more; default: by recipe",
+    )
+    add(
+        "--num-cluster",
+        type=cli.int_list,
+        help="numbers of clusters, comma-separated, one per granularity; default: by data, "
+        "25000,50000,100000 for ImageNet",
+    )
+    add(
+        "--features",
+        choices=("keys", "pass"),
+        default="keys",
+        help="what is clustered. keys: the keys of the epoch just trained, at no cost; pass: a "
+        "pass over the plain images, as published",
+    )
+    add(
+        "--warmup",
+        "--warmup-epoch",
+        type=cli.nonnegative_int,
+        default=20,
+        help="epochs of InfoNCE alone at the start; prototypes of untrained features mislead",
+    )
+
+
+def add_optimization_arguments(add):
+    add(
+        "--epochs",
+        type=cli.positive_int,
+        default=200,
+        help="number of epochs, including the warm-up",
+    )
+    add(
+        "-b",
+        "--batch-size",
+        type=cli.positive_int,
+        help="images per step over all processes; default: by recipe, smaller for little data",
+    )
+    add(
+        "--optim",
+        choices=recipes.OPTIMIZERS,
+        default="sgd",
+        help="sgd as published; lamb and lars, which are timm's, adapt the rate per layer",
+    )
+    add(
+        "--lr",
+        "--learning-rate",
+        type=cli.positive_float,
+        help="peak learning rate; default: by recipe and optimizer, proportional to the batch size",
+    )
+    add(
+        "--lr-warmup",
+        type=cli.nonnegative_int,
+        help="epochs of linear increase to --lr; default: 0 for sgd, otherwise a twentieth of "
+        "--epochs",
+    )
+    add(
+        "--cos",
+        action="store_true",
+        help="let the learning rate follow a cosine down to 0, instead of --schedule",
+    )
+    add(
+        "--schedule",
+        type=cli.positive_int,
+        nargs="*",
+        help="epochs at which the learning rate drops by a factor of 10; default: at 60 and 80 %% "
+        "of --epochs",
+    )
+    add("--momentum", type=cli.bounded(float, 0, 1), default=0.9, help="momentum of sgd and lars")
+    add(
+        "--wd",
+        "--weight-decay",
+        dest="wd",
+        type=cli.nonnegative_float,
+        help="weight decay; default: by recipe and optimizer",
+    )
+    add(
+        "--clip-grad",
+        type=cli.positive_float,
+        help="clip gradients to this norm, after unscaling; try 1 if the loss is unstable; "
+        "default: no clipping",
+    )
+    add(
+        "--amp",
+        action="store_true",
+        help="mixed precision: faster, and less memory",
+    )
+    add(
+        "--amp-dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="auto: bf16 if the device has it, otherwise fp16 with a gradient scaler",
+    )
+
+
+def add_run_arguments(add):
+    add(
+        "--exp-dir",
+        metavar="DIR",
+        help="directory for everything the run writes; default: the next free one of "
+        "experiment_pcl, experiment_pcl_2, ...",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="remove the run in --exp-dir and start a new one",
+    )
+    add(
+        "--config",
+        metavar="FILE",
+        help="take the arguments of another run from its args.json; flags win; default: none",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="continue the run in --exp-dir, or from the checkpoint FILE; default: a new run",
+    )
+    add(
+        "--seed",
+        type=cli.nonnegative_int,
+        default=0,
+        help="random seed; on a CPU, the same seed and number of threads give the same weights",
+    )
+    add(
+        "--knn-every",
+        type=cli.positive_int,
+        help="epochs between kNN accuracies; default: a twentieth of --epochs",
+    )
+
+
+# -- a run -----------------------------------------------------------------------------------------
 def main(argv=None):
-    """Train, and return the figures of every epoch: a list of {column of log.csv: value}."""
+    """Train. Returns the figures of every epoch: a list of {column of log.csv: value}."""
     with cli.errors_in_one_line(DataError):
         return build_and_train(cli.parse_args(get_parser(), argv))
 
 
 def build_and_train(args):
-    device, world = distributed.init_distributed(), get_rank_and_world()[1]
-    directory = distributed.broadcast_object(checkpoint.choose_directory(args.exp_dir, args.resume))
-    args.exp_dir, augmentation = str(directory), {name: getattr(args, name) for name in AUGMENTATION}
-    with distributed.main_process_first():  # for the others may find what it has downloaded
+    """Everything from the parsed arguments to the log of the finished run."""
+    device = distributed.init_distributed()
+    _, world = get_rank_and_world()
+    directory = distributed.broadcast_object(choose_directory(args.exp_dir, args.resume))
+    args.exp_dir = str(directory)
+
+    # data and arguments
+    augmentation = {name: getattr(args, name) for name in AUGMENTATION}
+    with distributed.main_process_first():  # so that the others find its download
         datasets = build_datasets(args.data, args.image_size, args.seed, **augmentation)
     print_main(f"{args.data or 'digits'}: {datasets.describe()}; on {world} x {device}")
-    init = weights.find_resnet(checkpoint.read(args.init), args.init) if args.init else None
-    if init:
-        args.arch, args.stem = args.arch or init.arch, args.stem or ("small" if init.small_images else "imagenet")
-        print_main(f"the encoder starts from {args.init}, {init.where}: {init.arch}")
+    init = find_initial_weights(args)
     args = fill_in_defaults(args, datasets, world, device)
     check(args, len(datasets.train), world)
     datasets = load_into_memory(datasets, device)
 
+    # model, optimizer, and what a checkpoint holds besides
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    encoder = functools.partial(build_encoder, args.arch, small_images=args.stem == "small")
-    model = MoCo(encoder, args.low_dim, args.pcl_r, args.moco_m, args.mlp, args.cluster_head, args.bn_splits)
-    for network in (model.encoder_q, model.encoder_k) if init else ():
-        weights.load_backbone(network, init, args.init)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = build_model(args, init)
     optimizer = build_optimizer(model, args)
-    scaler = torch.amp.GradScaler(device, enabled=args.amp and args.amp_dtype == "fp16")
-    run = RunState(data=datasets.fingerprint)
+    scaler = GradScaler(device, enabled=args.amp and args.amp_dtype == "fp16")
+    run = checkpoint.Run(args, model, optimizer, scaler, data=datasets.fingerprint)
 
-    with checkpoint.lock(directory), distributed.StopSignals() as stop:
-        changes = checkpoint.go_on(directory, run, model, optimizer, scaler, args)
-        run.clusters = run.clusters and [Clusters(*level).to(device) for level in run.clusters]
+    with lock(directory), distributed.StopSignals() as stop:
+        changes = checkpoint.resume(directory, run)
+        if run.clusters is not None:
+            run.clusters = [Clusters(*level).to(device) for level in run.clusters]
         if run.epoch >= args.epochs:
             return run.log
-        checkpoint.write_args(directory, args, run, changes)
-        print_main(f"images {'read as needed' if datasets.train.pixels is None else 'in memory'}, in {directory}")
-        print_main(", ".join(f"{name} {getattr(args, name)}" for name in SIZES))
-        checkpoint.warn(args, len(datasets.train), datasets.labelled)
-        first, start = run.epoch, time.time()
-        train(model, optimizer, scaler, datasets, run, args, stop)
-
-    row, done, minutes = run.log[-1], len(run.log), (time.time() - start) / 60
-    knn = "" if row["knn"] is None else f", kNN accuracy {row['knn']:.1f} % (untrained {run.knn_untrained:.1f} %)"
-    print_main(f"reached loss {row['loss']:.3f}{knn} after {done} epochs, {done - first} in {minutes:.1f} minutes")
-    print_main(f"next: python eval_lincls.py {'' if datasets.labelled else 'LABELLED_FOLDER '}--exp-dir {directory}")
+        write_args(directory, vars(args), run.epoch, run.step, changes)
+        announce(run, datasets)
+        first_epoch, start = run.epoch, time.time()
+        train(run, datasets, stop)
+    conclude(run, len(run.log) - first_epoch, time.time() - start, datasets.labelled)
     return run.log
+
+
+def find_initial_weights(args):
+    """The weights in --init, or None. Sets --arch and --stem to theirs unless they are given."""
+    if not args.init:
+        return None
+    init = weights.find_resnet(checkpoint.read(args.init), args.init)
+    if args.arch is None:
+        args.arch = init.arch
+    if args.stem is None:
+        args.stem = "small" if init.small_images else "imagenet"
+    print_main(f"the encoder starts from {args.init}, {init.where}: {init.arch}")
+    return init
+
+
+def build_model(args, init):
+    """The MoCo model on its device, its encoders starting from `init` if that is not None."""
+    model = MoCo(
+        functools.partial(build_encoder, args.arch, small_images=args.stem == "small"),
+        dim=args.low_dim,
+        r=args.pcl_r,
+        m=args.moco_m,
+        mlp=args.mlp,
+        cluster_head=args.cluster_head,
+        bn_splits=args.bn_splits,
+    )
+    if init is not None:
+        weights.load_backbone(model.encoder_q, init, args.init)
+        weights.load_backbone(model.encoder_k, init, args.init)
+    return model.to(args.device, memory_format=torch.channels_last)
+
+
+def announce(run, datasets):
+    """Say where the run goes, which settings follow from the data, and what to expect."""
+    where = "read as needed" if datasets.train.pixels is None else "in memory"
+    print_main(f"images {where}, in {run.args.exp_dir}")
+    print_main(", ".join(f"{name} {getattr(run.args, name)}" for name in ANNOUNCED))
+    n = len(datasets.train)
+    for line in diagnose.expectations(n, datasets.labelled, vars(run.args)):
+        print_main(line)
+
+
+def conclude(run, epochs, seconds, labelled):
+    """Say what the run has reached, and which command comes next."""
+    row = run.log[-1]
+    knn = ""
+    if row["knn"] is not None:
+        knn = f", kNN accuracy {row['knn']:.1f} % (untrained {run.knn_untrained:.1f} %)"
+    resumed = ""
+    if epochs < len(run.log):
+        resumed = f", the last {epochs} of them"
+    print_main(
+        f"reached loss {row['loss']:.3f}{knn} after {len(run.log)} epochs{resumed} "
+        f"in {seconds / 60:.1f} minutes"
+    )
+    folder = "" if labelled else "LABELLED_FOLDER "
+    print_main(f"next: python eval_lincls.py {folder}--exp-dir {run.args.exp_dir}")
 
 
 if __name__ == "__main__":

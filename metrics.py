@@ -1,11 +1,14 @@
-"""What features are worth: linear probes, kNN, few labels, and how well clusters agree with classes.
+"""How good features are: linear probes, kNN, few labels, and agreement of clusters with classes.
 
-The published linear probe: MoCo (He et al. 2020, arXiv 1911.05722, 4.1). kNN: Wu et al. 2018 (arXiv 1805.01978, 3.4).
+The published linear probe is MoCo's (He et al. 2020, arXiv 1911.05722, section 4.1). The weighted
+kNN vote is from Wu et al. 2018 (arXiv 1805.01978, section 3.4).
 
-    scores = logistic_regression(train_features, train_labels, val_features, num_classes=10)
-    top1 = top_k(scores, val_labels, 1)
-    knn = knn_accuracy(train_features, train_labels, val_features, val_labels)
+    train, val, labels = torch.randn(500, 16), torch.randn(100, 16), torch.arange(600) % 10
+    scores = logistic_regression(train, labels[:500], val, num_classes=10)
+    print(top_k(scores, labels[500:], 1), knn_accuracy(train, labels[:500], val, labels[500:]))
 """
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -15,45 +18,79 @@ from scipy.optimize import linear_sum_assignment
 from sklearn import metrics
 from sklearn.metrics.cluster import contingency_matrix
 
-STRENGTHS = [10 ** (-k / 2) for k in range(13)]  # of the L2 penalty, the strongest first
-CHUNK = 2**16  # rows of features whose scores are in memory at once
+STRENGTHS = [10 ** (-k / 2) for k in range(13)]  # L2 penalties to try, the strongest first
+CHUNK = 2**16  # rows of features scored at once
 
 
 def logistic_regression(features, labels, queries, num_classes, seed=0):
-    """The best linear classifier on `features` (M, D), labels (M,) int64: its scores (n, num_classes) of `queries`.
-    Multinomial logistic regression on standardised features, run to its optimum. The strength of its L2 penalty is the
-    one with the lowest cross-entropy on a tenth of the rows (of fewer than 1,000, on as many tenths in turn as make 100
-    rows); then all rows are fitted. Runs on the device of `features`."""
+    """Fit a linear classifier on `features` and return its scores (n, num_classes) of `queries`.
+
+    Multinomial logistic regression on standardised features, run to its optimum. The strength of
+    the L2 penalty is chosen on held-out rows. Then all rows are fitted. Runs on the device of
+    `features`.
+
+    features: (M, D). labels: (M,) int64. queries: (n, D).
+    seed: chooses the rows to hold out.
+    """
+    # Standardise. A constant feature tells nothing and becomes 0.
     std, mean = torch.std_mean(features.float(), 0, correction=0)
-    std = std.masked_fill(std <= 1e-6 * std.max(), torch.inf)  # a constant tells nothing
-    x, queries = (features.float() - mean) / std, (queries.float() - mean) / std
+    std = std.masked_fill(std <= 1e-6 * std.max(), torch.inf)
+    x = (features.float() - mean) / std
+    queries = (queries.float() - mean) / std
+
+    strength = _best_strength(x, labels, num_classes, seed)
+    layer = _fit(x, labels, num_classes, strength)
+    return layer(queries).detach()
+
+
+def _best_strength(x, labels, num_classes, seed):
+    """The L2 penalty of STRENGTHS with the lowest cross-entropy on held-out rows of x (M, D).
+
+    One tenth of the rows is held out. With fewer than 1,000 rows, several tenths are held out in
+    turn: enough to make 100 rows, or all ten.
+    """
+    if len(x) <= 1:
+        return STRENGTHS[0]  # there is nothing to hold out
+
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    tenths = order.chunk(10)[: -(-1000 // len(x))] if len(x) > 1 else ()
-    layers, lowest, best = [None] * len(tenths), torch.inf, STRENGTHS[0]
+    folds = math.ceil(1000 / len(x))
+    tenths = order.chunk(10)[:folds]
+
+    # Weaken the penalty until the loss stops falling. Each fit starts from the previous one.
+    layers = [None] * len(tenths)
+    lowest_loss = torch.inf
+    best_strength = STRENGTHS[0]
     for strength in STRENGTHS:
         loss = 0.0
         for i, tenth in enumerate(tenths):
             rest = torch.ones_like(labels, dtype=torch.bool).index_fill_(0, tenth, False)
             layers[i] = _fit(x[rest], labels[rest], num_classes, strength, layers[i])
             loss += F.cross_entropy(layers[i](x[tenth]), labels[tenth], reduction="sum").item()
-        if loss >= lowest:  # the best one was the last
+        if loss >= lowest_loss:
             break
-        lowest, best = loss, strength
-    return _fit(x, labels, num_classes, best)(queries).detach()
+        lowest_loss = loss
+        best_strength = strength
+    return best_strength
 
 
 def _fit(x, labels, num_classes, strength, layer=None):
-    """The linear layer that minimises mean cross-entropy + strength / 2 * |weight|^2 on x (M, D), from `layer` on."""
+    """Train a linear layer to minimise mean cross-entropy + strength / 2 * |weight|^2 on x (M, D).
+
+    layer: the layer to start from. It is trained in place. None starts from zeros.
+    """
     if layer is None:
         layer = nn.Linear(x.shape[1], num_classes, device=x.device)
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=2000, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        layer.parameters(), max_iter=2000, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
 
     def objective():
         optimizer.zero_grad()
         total = strength / 2 * layer.weight.square().sum()
         total.backward()
+        # chunk by chunk, so that the scores of all rows are never in memory at once
         for rows, y in zip(x.split(CHUNK), labels.split(CHUNK), strict=True):
             loss = F.cross_entropy(layer(rows), y, reduction="sum") / len(x)
             loss.backward()
@@ -64,80 +101,141 @@ def _fit(x, labels, num_classes, strength, layer=None):
     return layer
 
 
-def linear_probe(batches, features, num_classes, lr=30.0, epochs=100, state=None, save=None):
-    """The published probe: a linear layer trained by SGD; its scores (n, num_classes) of `features` (n, D).
-    Momentum 0.9, no weight decay, the learning rate x0.1 after 60 % and 80 % of the epochs.
-    batches: callable epoch -> iterable of (features (B, D), labels (B,)); under torch.distributed each process has a
-    share of the same number of batches, and gradients are averaged. save: called with the state after each epoch;
-    `state`: one of these to go on from."""
+def linear_probe(batches, features, num_classes, lr=30.0, epochs=100, store=None):
+    """Train the published linear probe and return its scores (n, num_classes) of `features` (n, D).
+
+    A linear layer trained by SGD with momentum 0.9 and no weight decay. The learning rate is
+    multiplied by 0.1 after 60 % and after 80 % of the epochs.
+
+    batches: a function of the epoch that returns an iterable of (features (B, D), labels (B,)).
+        Under torch.distributed, each process gets its own share and gradients are averaged, so all
+        processes need the same number of batches.
+    store: an object that keeps the probe's state, to resume after an interruption. None: no state
+        is kept.
+        store.load() is called once at the start. It returns a saved state to resume from, or None
+        to start from scratch.
+        store.save(state) is called after each epoch. `state` is a dict: `epoch` (number of epochs
+        done), `layer` and `optimizer` (their state_dicts). It holds the tensors that are being
+        trained, so save must write or copy them before it returns.
+        Under torch.distributed, every process calls both, and load must return the same state in
+        all.
+    """
     layer = nn.Linear(features.shape[1], num_classes).to(features.device)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
-    optimizer, first = torch.optim.SGD(layer.parameters(), lr, momentum=0.9), 0
+    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
+
+    # resume from a saved state
+    first_epoch = 0
+    state = None
+    if store is not None:
+        state = store.load()
     if state is not None:
-        first = state["epoch"]
+        first_epoch = state["epoch"]
         layer.load_state_dict(state["layer"])
         optimizer.load_state_dict(state["optimizer"])
-    for epoch in range(first, epochs):
-        optimizer.param_groups[0]["lr"] = lr * 0.1 ** sum(epoch >= epochs * tenths // 10 for tenths in (6, 8))
+
+    milestones = (epochs * 6 // 10, epochs * 8 // 10)
+    for epoch in range(first_epoch, epochs):
+        drops = sum(epoch >= milestone for milestone in milestones)
+        optimizer.param_groups[0]["lr"] = lr * 0.1**drops
         for inputs, labels in batches(epoch):
             optimizer.zero_grad()
             F.cross_entropy(layer(inputs), labels).backward()
-            for p in layer.parameters() if dist.is_initialized() else ():
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
+            if dist.is_initialized():
+                _average_gradients(layer)
             optimizer.step()
-        if save is not None:
-            save({"epoch": epoch + 1, "layer": layer.state_dict(), "optimizer": optimizer.state_dict()})
+        if store is not None:
+            state = {
+                "epoch": epoch + 1,
+                "layer": layer.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            store.save(state)
     return layer(features).detach()
 
 
+def _average_gradients(layer):
+    """Replace the layer's gradients by their mean over all processes."""
+    for parameter in layer.parameters():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+
+
 def top_k(scores, labels, k):
-    """How often the label is among the k highest of `scores` (n, classes), in percent."""
-    return 100 * (scores.topk(k, dim=1).indices == labels[:, None]).any(1).float().mean().item()
+    """Top-k accuracy in percent: how often the label is among the k highest scores.
+
+    scores: (n, num_classes). labels: (n,) int64.
+    """
+    hits = (scores.topk(k, dim=1).indices == labels[:, None]).any(1)
+    return 100 * hits.float().mean().item()
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=None, temperature=0.1):
-    """Top-1 accuracy in percent of a weighted kNN vote (Wu et al. 2018): weight exp(cosine / temperature).
-    bank (M, D), queries (n, D): features of any length, bank_labels (M,), labels (n,) int64.
-    k: at most M; None: 200, or a fiftieth of a bank of less than 10,000."""
-    k = min(len(bank), k or default_k(len(bank)))
+    """Top-1 accuracy in percent of a weighted kNN vote (Wu et al. 2018).
+
+    Each of the k nearest neighbours votes with weight exp(cosine / temperature).
+
+    bank: (M, D) and queries: (n, D), features of any norm.
+    bank_labels: (M,) and labels: (n,), their classes, int64.
+    k: number of neighbours; all M if there are fewer. None: default_k(M).
+    """
+    if not k:
+        k = default_k(len(bank))
+    k = min(len(bank), k)
+
     bank = F.normalize(bank.float(), dim=1)
-    votes = []
+    num_classes = int(bank_labels.max()) + 1
+    predictions = []
     for chunk in F.normalize(queries.float(), dim=1).split(1024):
         similarity, nearest = (chunk @ bank.T).topk(k, dim=1)
-        weight = ((similarity - 1) / temperature).exp()
-        vote = weight.new_zeros(len(chunk), int(bank_labels.max()) + 1)
-        votes.append(vote.scatter_add_(1, bank_labels[nearest], weight).argmax(1))
-    return 100 * (torch.cat(votes) == labels).float().mean().item()
+        weight = ((similarity - 1) / temperature).exp()  # the -1 scales all votes alike
+        votes = weight.new_zeros(len(chunk), num_classes)
+        votes.scatter_add_(1, bank_labels[nearest], weight)
+        predictions.append(votes.argmax(1))
+    return 100 * (torch.cat(predictions) == labels).float().mean().item()
 
 
 def default_k(m):
-    """Neighbours that vote in a bank of `m` features."""
+    """Number of neighbours that vote in a bank of m features: m // 50, but 1 to 200."""
     return max(1, min(200, m // 50))
 
 
 def draw_labels(labels, amount, seed):
-    """Which of `labels` (M,) a probe with few labels sees: (m,) int64, drawn per class from `seed`.
-    amount: below 1, that part of each class, at least one; else that number of each class, or all it has."""
-    generator, drawn = torch.Generator().manual_seed(seed), []
+    """Draw the images whose labels a probe with few labels may use, class by class.
+
+    labels: (M,) int64.
+    amount: if below 1, the fraction of each class, at least one image. Otherwise the number of
+        images of each class; all, if the class has fewer.
+    Returns their positions in `labels`, (m,) int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0].cpu()
         number = max(1, round(amount * len(members))) if amount < 1 else int(amount)
-        drawn.append(members[torch.randperm(len(members), generator=generator)[:number]])
+        order = torch.randperm(len(members), generator=generator)
+        drawn.append(members[order[:number]])
     return torch.cat(drawn).to(labels.device)
 
 
 def agreement(clusters, labels):
-    """How well `clusters` (M,) agree with `labels` (M,), in percent, as {name: figure}.
-    NMI and AMI: mutual information, normalised, and adjusted for chance (AMI is PCL's own figure); ARI: adjusted Rand
-    index; acc: accuracy where each class is given the one cluster that makes it highest."""
-    clusters, labels = clusters.cpu().numpy(), labels.cpu().numpy()
+    """How well clusters agree with classes: a dict of four figures, in percent.
+
+    clusters, labels: (M,) integers.
+    NMI: normalised mutual information.
+    AMI: adjusted mutual information, the figure in PCL's paper.
+    ARI: adjusted Rand index.
+    acc: accuracy under the best one-to-one matching of classes and clusters.
+    """
+    clusters = clusters.cpu().numpy()
+    labels = labels.cpu().numpy()
     counts = contingency_matrix(labels, clusters)
+    matched = linear_sum_assignment(counts, maximize=True)  # (classes, their clusters)
     figures = {
         "NMI": metrics.normalized_mutual_info_score(labels, clusters),
         "AMI": metrics.adjusted_mutual_info_score(labels, clusters),
         "ARI": metrics.adjusted_rand_score(labels, clusters),
-        "acc": counts[linear_sum_assignment(counts, maximize=True)].sum() / len(labels),
+        "acc": counts[matched].sum() / len(labels),
     }
     return {name: 100 * float(figure) for name, figure in figures.items()}

@@ -1,11 +1,12 @@
-"""The momentum-contrast model: two encoders, their MLP heads a and ã, the cluster head b, the queue.
+"""The momentum-contrast model: two encoders, their projection heads, the cluster head, the queue.
 
-MoCo (He et al. 2020, arXiv 1911.05722) with the MLP head of MoCo v2 (arXiv 2003.04297), as used by PCL (Li et al.
-2021, arXiv 2005.04966), and an optional cluster head on the momentum key.
+MoCo (He et al. 2020, arXiv 1911.05722) with the MLP heads of MoCo v2 (arXiv 2003.04297), as PCL
+uses it (Li et al. 2021, arXiv 2005.04966). The query encoder ends in head a, the key encoder in
+head ã, its momentum copy; the optional cluster head b takes the keys.
 
     model = MoCo(functools.partial(build_encoder, "resnet18", small_images=True), dim=128, r=4096)
-    q, k = model(im_q, im_k)                          # InfoNCE takes q, k and model.queue; ProtoNCE takes q
-    model.momentum_update_key_encoder()               # after the optimizer's step
+    q, k, c, features = model(im_q, im_k)             # info_nce(q, k, model.queue, 0.2), then step
+    model.momentum_update_key_encoder()
     model.dequeue_and_enqueue(k)
 """
 
@@ -20,12 +21,185 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
+BLOCKS = {  # depth: residual blocks in each of the four stages
+    18: [2, 2, 2, 2],
+    34: [3, 4, 6, 3],
+    50: [3, 4, 6, 3],
+    101: [3, 4, 23, 3],
+    152: [3, 8, 36, 3],
+}
+
+
+class MoCo(nn.Module):
+    """Query encoder, key encoder (the query encoder's moving average), queue and cluster head.
+
+    base_encoder: callable (num_classes=, norm_layer=) -> module whose last layer is `.fc`.
+    dim: D, dimension of the features. r: R, queue length. m: momentum of the key encoder.
+    mlp: whether the heads a and ã have a hidden layer.
+    cluster_head: "none", PCL as published; "report", head b of the lab report in results/README.md:
+        one Linear and ReLU on the keys, whose output replaces them in InfoNCE, in the queue and in
+        the features to cluster.
+    bn_splits: groups of this process's batch with their own batch-norm statistics. The keys are
+        shuffled between the groups of all processes, so that a key's statistics do not reveal its
+        query.
+    The buffer `queue` is (D, R) with unit columns.
+    """
+
+    def __init__(  # noqa: PLR0913  # what the method varies, in one place
+        self, base_encoder, dim=128, r=16384, m=0.999, mlp=True, cluster_head="none", bn_splits=1
+    ):
+        super().__init__()
+        self.cluster_head = cluster_head
+        self.bn_splits = bn_splits
+        self.moving_average = get_ema_multi_avg_fn(m)
+
+        # query encoder with head a, and its momentum copy with head ã
+        norm_layer = functools.partial(SplitBatchNorm2d, num_splits=bn_splits)
+        self.encoder_q = base_encoder(num_classes=dim, norm_layer=norm_layer)
+        if mlp:
+            dim_mlp = self.encoder_q.fc.in_features
+            self.encoder_q.fc = nn.Sequential(
+                nn.Linear(dim_mlp, dim_mlp), nn.ReLU(), self.encoder_q.fc
+            )
+        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+
+        # cluster head b
+        if cluster_head == "report":
+            self.v = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
+        elif cluster_head != "none":
+            raise ValueError(f"unknown cluster head {cluster_head}; choose none or report")
+
+        self.norms = [module for module in self.modules() if isinstance(module, SplitBatchNorm2d)]
+        self.register_buffer("queue", F.normalize(torch.randn(dim, r), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, im_q, im_k, clustering=False):
+        """Two views (N, 3, H, W) of N images -> q, k, c, features, each (N, D) float32 unit rows.
+
+        q and k are the query and the key of InfoNCE. c is what ProtoNCE compares with the
+        prototypes. features is what the next E-step clusters; it has no gradient.
+        clustering: the warm-up is over and the cluster head takes part. With the report's head, k
+            then has a gradient for the head alone.
+        Raises ValueError if N is not a multiple of `bn_splits`.
+        """
+        if len(im_q) % self.bn_splits:
+            raise ValueError(
+                f"a batch of {len(im_q)} does not split into {self.bn_splits} equal groups"
+            )
+        z_q = self.encoder_q(im_q)  # (N, D)
+        with torch.no_grad():
+            im_k, own_rows = self.batch_shuffle(im_k)
+            z_k = concat_all_gather(self.encoder_k(im_k))[own_rows]  # (N, D), in z_q's order again
+            move_running_statistics(self.norms)
+
+        q = _unit(z_q)
+        k = _unit(z_k)
+        c = q  # a head on the query side goes here
+        if clustering and self.cluster_head == "report":
+            k = _unit(self.v(k))
+        return q, k, c, self._features_to_cluster(z_k)
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images (N, 3, H, W) -> (N, D) float32 unit rows: the features that the E-step clusters.
+
+        They are the momentum branch's, in eval mode.
+        """
+        was_training = self.training
+        self.eval()
+        features = self._features_to_cluster(self.encoder_k(images))
+        self.train(was_training)
+        return features
+
+    @torch.no_grad()
+    def _features_to_cluster(self, z_k):
+        """The key encoder's output (N, D) -> (N, D) float32 unit rows in the prototypes' space."""
+        if self.cluster_head == "report":
+            z_k = self.v(_unit(z_k))
+        return _unit(z_k)
+
+    def cluster_head_parameters(self):
+        """Names of the parameters outside the encoders. During the warm-up they are not used."""
+        names = [name for name, _ in self.named_parameters()]
+        return [name for name in names if not name.startswith(("encoder_q.", "encoder_k."))]
+
+    @torch.no_grad()
+    def momentum_update_key_encoder(self):
+        """Key encoder <- m * key encoder + (1 - m) * query encoder (MoCo, eq. 2).
+
+        Call it after the optimizer's step.
+        """
+        averages = list(self.encoder_k.parameters())
+        self.moving_average(averages, list(self.encoder_q.parameters()), None)
+
+    @torch.no_grad()
+    def dequeue_and_enqueue(self, k):
+        """Replace the oldest keys in the queue with the keys (N, D) of all processes, any N."""
+        r = self.queue.shape[1]
+        keys = concat_all_gather(k)[-r:]
+        positions = (self.queue_ptr + torch.arange(len(keys), device=k.device)) % r
+        self.queue[:, positions] = keys.T
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % r)
+
+    @torch.no_grad()
+    def batch_shuffle(self, images):
+        """Deal the images (N, 3, H, W) of all processes out over all batch-norm groups.
+
+        Each group's images go to all groups in equal shares, so a key's group shares 1/groups of
+        its images with its query's, the least possible.
+        Returns this process's share (N, 3, H, W), and the rows (N,) of its own images among the
+        gathered outputs, which undo the shuffle.
+        """
+        n = len(images)
+        rank, world = _rank_and_world()
+        groups = world * self.bn_splits
+        if groups == 1:
+            return images, slice(None)
+
+        # shuffle within each group, then take one image of each group in turn
+        size = n // self.bn_splits  # images in a group
+        order = torch.rand(groups, size, device=images.device).argsort(1)
+        first = torch.arange(groups, device=images.device)[:, None] * size
+        order = (order + first).T.flatten()
+        if world > 1:
+            dist.broadcast(order, 0)
+            if torch.is_autocast_enabled(images.device.type):  # half as much to send
+                images = images.to(torch.get_autocast_dtype(images.device.type))
+        share = order.view(world, n)[rank]
+        return concat_all_gather(images)[share], order.argsort().view(world, n)[rank]
+
+
+# -- encoders --------------------------------------------------------------------------------------
+def build_encoder(arch, num_classes=128, small_images=False, norm_layer=None):
+    """The ResNet named `arch` in torchvision: images (N, 3, H, W) -> (N, num_classes).
+
+    Its last layer is `.fc`. `resnet18_w16` has 16 channels in its first stage instead of 64.
+    small_images: a stem for images of about 32 pixels, see WidthResNet.
+    Raises ValueError if the name is unknown.
+    """
+    depths = "|".join(str(depth) for depth in BLOCKS)
+    known = re.fullmatch(rf"resnet({depths})(?:_w([1-9][0-9]*))?", arch)
+    if not known:
+        names = ", ".join(f"resnet{depth}" for depth in BLOCKS)
+        raise ValueError(f"unknown arch {arch}; choose one of {names}, or a width as resnet18_w16")
+    depth = int(known[1])
+    width = int(known[2] or 64)
+    block = BasicBlock if depth < 50 else Bottleneck
+    return WidthResNet(block, BLOCKS[depth], num_classes, width, small_images, norm_layer)
+
+
+def backbone(encoder):
+    """`encoder` without its `.fc`, sharing its weights: (N, 3, H, W) -> pooled features (N, D)."""
+    network = copy.copy(encoder)  # shallow: the layers are the same objects
+    network._modules = {**encoder._modules, "fc": nn.Identity()}
+    return network
 
 
 class WidthResNet(ResNet):
-    """torchvision's ResNet with `width` channels in its first stage (64 is the published one, with the same keys).
-    small_images: a 3x3 first convolution of stride 1 and no max-pool, for images of about 32 pixels."""
+    """torchvision's ResNet with `width` channels in its first stage; 64 is the published width.
+
+    small_images: a 3x3 first convolution of stride 1 and no max-pool, for about 32 pixels.
+    """
 
     def __init__(self, block, layers, num_classes, width=64, small_images=False, norm_layer=None):
         self.width = width
@@ -39,16 +213,20 @@ class WidthResNet(ResNet):
         self.fc = nn.Linear(8 * width * block.expansion, num_classes)
 
     def _make_layer(self, block, planes, blocks, **kwargs):
-        if planes == 64:  # the first stage follows the stem
+        if planes == 64:  # the first stage takes the stem's output
             self.inplanes = self.width
         return super()._make_layer(block, planes * self.width // 64, blocks, **kwargs)
 
 
+# -- batch norm in groups --------------------------------------------------------------------------
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose training statistics are those of `num_splits` groups of consecutive samples.
-    Its running statistics move when `move_running_statistics` is called, once after each training step's forward pass.
-    fold: normalise all groups in one call, as channels of their own, which takes a GPU fewer launches but a CPU longer;
-    None: on a GPU."""
+    """Batch norm with statistics of its own for each of `num_splits` groups of the batch.
+
+    A group is a run of consecutive samples. The running statistics move only when
+    `move_running_statistics` is called, once after each training step's forward pass.
+    fold: normalise all groups in one call, as channels of their own. A GPU needs fewer launches
+        then, a CPU takes longer. None: on a GPU only.
+    """
 
     fold = None
 
@@ -59,154 +237,63 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        splits, weight, bias, rest = self.num_splits, self.weight, self.bias, (None, None, True, 0, self.eps)
-        self.count = x.numel() // splits // self.num_features  # values that a mean is of
-        if splits > 1 and not (x.is_cuda if self.fold is None else self.fold):
-            groups = [torch.native_batch_norm(group, weight, bias, *rest) for group in x.chunk(splits)]
-            y, *moments = zip(*groups, strict=True)
-            self.moments = [torch.stack(moment) for moment in moments]  # mean and 1 / standard deviation (splits, C)
-            return torch.cat(y)
-        if splits > 1:
-            x, weight, bias = torch.cat(x.chunk(splits), 1), weight.repeat(splits), bias.repeat(splits)
-        y, *moments = torch.native_batch_norm(x, weight, bias, *rest)  # of (N / splits, splits * C, H, W)
-        self.moments = [moment.view(splits, -1) for moment in moments]
-        return torch.cat(y.chunk(splits, 1)) if splits > 1 else y
+        splits = self.num_splits
+        self.count = x.numel() // splits // self.num_features  # values behind each mean
+        fold = x.is_cuda if self.fold is None else self.fold
+
+        # self.moments: mean and 1 / standard deviation, (splits, C) each
+        if splits == 1:
+            y, mean, rstd = self._normalize(x, self.weight, self.bias)
+            self.moments = [mean[None], rstd[None]]
+            return y
+        groups = x.chunk(splits)  # (N / splits, C, H, W) each
+        if fold:
+            folded = torch.cat(groups, 1)  # (N / splits, splits * C, H, W)
+            weight, bias = self.weight.repeat(splits), self.bias.repeat(splits)
+            y, mean, rstd = self._normalize(folded, weight, bias)
+            self.moments = [mean.view(splits, -1), rstd.view(splits, -1)]
+            return torch.cat(y.chunk(splits, 1))
+        results = [self._normalize(group, self.weight, self.bias) for group in groups]
+        ys, means, rstds = zip(*results, strict=True)
+        self.moments = [torch.stack(means), torch.stack(rstds)]
+        return torch.cat(ys)
+
+    def _normalize(self, x, weight, bias):
+        """x (N, C, H, W) normalised by its own statistics -> y, mean (C,), 1 / deviation (C,)."""
+        # no running statistics, training, momentum 0
+        return torch.native_batch_norm(x, weight, bias, None, None, True, 0, self.eps)
 
 
 @torch.no_grad()
 def move_running_statistics(norms):
-    """Move the running statistics of SplitBatchNorm2d modules, where in training, by their last batch's, as the mean
-    over its groups. All modules at once, as a call for each would cost a GPU more than its arithmetic."""
+    """Move the running statistics of SplitBatchNorm2d modules towards those of their last batch.
+
+    A batch's statistics are the means over its groups. Modules in eval mode are left alone. All
+    modules move in a few calls, because on a GPU a call per module costs more than its arithmetic.
+    """
     norms = [norm for norm in norms if norm.training]
     if not norms:
         return
-    mean, rstd = (torch.cat(moments, 1) for moments in zip(*(norm.moments for norm in norms), strict=True))
-    sizes, counts = [norm.num_features for norm in norms], [norm.count for norm in norms]
-    variance = rstd.pow(-2).mean(0).sub_(norms[0].eps).split(sizes)  # with / n
-    torch._foreach_mul_(variance, [n / (n - 1) for n in counts])  # with / (n - 1)
-    torch._foreach_lerp_([norm.running_mean for norm in norms], mean.mean(0).split(sizes), norms[0].momentum)
-    torch._foreach_lerp_([norm.running_var for norm in norms], variance, norms[0].momentum)
+    sizes = [norm.num_features for norm in norms]
+    momentum = norms[0].momentum
+
+    # means over the groups, of all modules side by side
+    mean = torch.cat([norm.moments[0] for norm in norms], 1).mean(0).split(sizes)
+    rstd = torch.cat([norm.moments[1] for norm in norms], 1)
+    variance = rstd.pow(-2).mean(0).sub_(norms[0].eps).split(sizes)
+
+    # running variances are unbiased: n / (n - 1) times the batch's
+    correction = [norm.count / (norm.count - 1) for norm in norms]
+    torch._foreach_mul_(variance, correction)
+    torch._foreach_lerp_([norm.running_mean for norm in norms], mean, momentum)
+    torch._foreach_lerp_([norm.running_var for norm in norms], variance, momentum)
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 
-def build_encoder(arch, num_classes=128, small_images=False, norm_layer=None):
-    """The ResNet named `arch`, as in torchvision; `resnet18_w16` has 16 channels in its first stage, not 64.
-    Returns a module images (N, 3, H, W) -> (N, num_classes) with its last layer in `.fc`. Raises ValueError where the
-    name is unknown."""
-    known = re.fullmatch(rf"resnet({'|'.join(map(str, BLOCKS))})(?:_w([1-9][0-9]*))?", arch)
-    if not known:
-        raise ValueError(f"unknown arch {arch}; known are resnet{', '.join(map(str, BLOCKS))}, and resnet18_w16")
-    depth, width = int(known[1]), int(known[2] or 64)
-    block = BasicBlock if depth < 50 else Bottleneck
-    return WidthResNet(block, BLOCKS[depth], num_classes, width, small_images, norm_layer)
-
-
-def backbone(encoder):
-    """`encoder` without its `.fc`, sharing its weights: images (N, 3, H, W) -> features (N, D), average-pooled."""
-    return nn.Sequential(*(module for name, module in encoder.named_children() if name != "fc"), nn.Flatten(1))
-
-
-class MoCo(nn.Module):
-    """Query encoder, key encoder (the query encoder's moving average), queue of keys, cluster head.
-    base_encoder: callable (num_classes=, norm_layer=) -> module with its last layer in `.fc`.
-    dim: D, feature dimension. r: R, queue length. m: momentum of the key encoder.
-    mlp: a hidden layer before the last one: heads a and ã.
-    cluster_head: "none", PCL as published; "report", b, one Linear and ReLU on the momentum key, for all its uses.
-    bn_splits: groups with batch-norm statistics of their own in this process's batch; the keys are dealt out anew
-        over the groups of all processes, so that a key's statistics do not tell which query it belongs to.
-    `queue`: (D, R) unit columns."""
-
-    def __init__(self, base_encoder, dim=128, r=16384, m=0.999, mlp=True, cluster_head="none", bn_splits=1):
-        super().__init__()
-        self.cluster_head, self.bn_splits = cluster_head, bn_splits
-        self.moving_average = get_ema_multi_avg_fn(m)
-        norm_layer = functools.partial(SplitBatchNorm2d, num_splits=bn_splits)
-        self.encoder_q = base_encoder(num_classes=dim, norm_layer=norm_layer)
-        if mlp:
-            dim_mlp = self.encoder_q.fc.in_features
-            self.encoder_q.fc = nn.Sequential(nn.Linear(dim_mlp, dim_mlp), nn.ReLU(), self.encoder_q.fc)
-        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        if cluster_head == "report":
-            self.v = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
-        elif cluster_head != "none":
-            raise ValueError(f"unknown cluster head {cluster_head}; known are none and report")
-        self.norms = [module for module in self.modules() if isinstance(module, SplitBatchNorm2d)]
-        self.register_buffer("queue", F.normalize(torch.randn(dim, r), dim=0))
-        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
-
-    def forward(self, im_q, im_k, clustering=False, features=False):
-        """Two views (N, 3, H, W) of N images -> q, k, each (N, D) float32 with unit rows.
-        q and k are InfoNCE's query and key; ProtoNCE compares q with the prototypes. clustering: the warm-up is over,
-        the cluster head takes part, and k has a gradient for it alone. features: a third result, what `encode` makes of
-        im_k, but with batch norm as in training. Raises ValueError where N is not a multiple of `bn_splits`."""
-        if len(im_q) % self.bn_splits:
-            raise ValueError(f"a batch of {len(im_q)} does not split into {self.bn_splits} equal groups")
-        z_q = self.encoder_q(im_q)  # (N, D)
-        with torch.no_grad():
-            im_k, own_rows = self.batch_shuffle(im_k)
-            z_k = concat_all_gather(self.encoder_k(im_k))[own_rows]  # (N, D), in the order of z_q again
-            move_running_statistics(self.norms)
-        q, k = _unit(z_q), _unit(z_k)
-        if clustering and self.cluster_head == "report":
-            k = _unit(self.v(k))
-        return (q, k, self._to_cluster(z_k)) if features else (q, k)
-
-    def cluster_head_parameters(self):
-        """Names of the parameters that take no part before the cluster head does."""
-        return [name for name, _ in self.named_parameters() if name.startswith("v.")]
-
-    @torch.no_grad()
-    def encode(self, images):
-        """Images (N, 3, H, W) -> (N, D) float32 unit rows, the momentum branch's features to cluster."""
-        training = self.training
-        self.eval()
-        features = self._to_cluster(self.encoder_k(images))
-        self.train(training)
-        return features
-
-    @torch.no_grad()
-    def _to_cluster(self, z_k):
-        """The momentum head's output (N, D) -> (N, D) float32 unit rows in the space of the prototypes."""
-        if self.cluster_head == "report":
-            z_k = self.v(_unit(z_k))
-        return _unit(z_k)
-
-    @torch.no_grad()
-    def momentum_update_key_encoder(self):
-        """After the optimizer's step: key branch <- m * key branch + (1 - m) * query branch (MoCo, eq. 2)."""
-        self.moving_average([*self.encoder_k.parameters()], [*self.encoder_q.parameters()], None)
-
-    @torch.no_grad()
-    def dequeue_and_enqueue(self, k):
-        """The keys (N, D) of all processes take the place of the queue's oldest; any number of them."""
-        r = self.queue.shape[1]
-        keys = concat_all_gather(k)[-r:]
-        self.queue[:, (self.queue_ptr + torch.arange(len(keys), device=k.device)) % r] = keys.T
-        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % r)
-
-    @torch.no_grad()
-    def batch_shuffle(self, images):
-        """Deal the images of all processes out over the batch-norm groups of all processes.
-        Each group's images go to all groups in equal shares, which is as little as a key's group can have in common
-        with its query's. images: (N, 3, H, W). Returns this process's share (N, 3, H, W), and the rows (N,) of its own
-        images among the gathered outputs, which undo the shuffle."""
-        n, rank, world = len(images), *_rank_and_world()
-        groups = world * self.bn_splits
-        if groups == 1:
-            return images, slice(None)
-        order = torch.rand(groups, n * world // groups, device=images.device).argsort(1)
-        order = (order + torch.arange(groups, device=images.device)[:, None] * order.shape[1]).T.flatten()
-        if world > 1:
-            dist.broadcast(order, 0)
-            if torch.is_autocast_enabled(images.device.type):  # half as much to send
-                images = images.to(torch.get_autocast_dtype(images.device.type))
-        share = order.view(world, n)[rank]
-        return concat_all_gather(images)[share], order.argsort().view(world, n)[rank]
-
-
+# -- helpers ---------------------------------------------------------------------------------------
 @torch.no_grad()
 def concat_all_gather(x):
-    """The rows (N, ...) of all processes, in rank order: (N * processes, ...), without gradient."""
+    """The rows (N, ...) of all processes in rank order: (N * processes, ...), without gradient."""
     _, world = _rank_and_world()
     if world == 1:
         return x.detach()
@@ -216,12 +303,12 @@ def concat_all_gather(x):
 
 
 def _rank_and_world():
-    """(this process's rank, number of processes)."""
+    """This process's rank, and the number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def _unit(x):
-    """Rows of unit length in float32; a row of zeros stays one."""
+    """Rows of unit length in float32; a row of zeros stays zero."""
     return F.normalize(x.float(), dim=1)

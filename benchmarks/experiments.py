@@ -1,14 +1,28 @@
-"""The report's questions as experiments that anyone can run again: arms that differ in one thing, several seeds each.
+"""Run the experiments behind results/: arms that differ in one thing, each with several seeds.
 
-    python benchmarks/experiments.py --make-data path/to/cifar10 P       # 1,000 + 200 images a class, of train/, test/
-    python benchmarks/experiments.py --make-data path/to/fashion-mnist F     # of its *-ubyte.gz; D is the digits
-    python benchmarks/experiments.py recipe R14 --data P=P F=F D -n 2    # what is missing, two at a time
-    python benchmarks/experiments.py --table recipe                      # mean ± standard deviation over the seeds
+    # make the data: 1,000 training and 200 held-out images of each class
+    python benchmarks/experiments.py --make-data path/to/cifar10 P         # from train/ and test/
+    python benchmarks/experiments.py --make-data path/to/fashion-mnist F   # from its *-ubyte.gz
 
-The experiments are in experiments.ini. What they share is run once, in a directory called after the command; a row
-belongs to the arm that has its command. Of a run that stopped, its loss not finite, the row has the accuracies of the
-last whole epoch alone. Minutes are the training steps'. `--patched NAME,NAME -- FLAGS` is `main_pcl.py FLAGS` with
-changes that the product does not have, some of them wrong.
+    # train and evaluate what has no row in results/experiments.csv yet, two runs at a time;
+    # then draw the curves and print the tables
+    python benchmarks/experiments.py recipe R14 --data P=P F=F -n 2
+
+    # print a table, run nothing
+    python benchmarks/experiments.py --table recipe
+
+Each data set has a letter: P is photographs (CIFAR-10), F is clothes (Fashion-MNIST), D is the
+digits in assets/. experiments.ini lists the arms of each experiment, and the data sets it runs on.
+
+A run is identified by its command. Arms with the same command share one run, and a row of
+experiments.csv belongs to the arms with its command. If a run stops early because its loss is not
+finite, its row has only the training accuracies of its last whole epoch. The column `minutes` is
+the time spent on training steps.
+
+A patch is a change for which main_pcl.py has no flag. Some patches are deliberate mistakes. To try
+one by hand, give its name, then any flags of main_pcl.py:
+
+    python benchmarks/experiments.py --patched twin -- --amp --cos
 """
 
 import argparse
@@ -16,18 +30,14 @@ import configparser
 import copy
 import csv
 import gzip
-import importlib
 import json
-import math
 import os
 import subprocess
 import sys
+import textwrap
 from functools import partial
-from itertools import product
 from multiprocessing.pool import ThreadPool
-from operator import itemgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -42,293 +52,687 @@ import loss  # noqa: E402
 import main_pcl  # noqa: E402
 import model  # noqa: E402
 
-PHOTOGRAPHS = "--image-size 16 --amp --cos --epochs 40 --warmup 10 -j 0"
-SIZES = {"P": PHOTOGRAPHS, "F": PHOTOGRAPHS, "D": "--amp --cos --epochs 200 --warmup 20"}
-CLASSES = 10
-FIGURES = ["linear", "knn", "nmi", "ami", "acc", "acc_inst", "acc_proto"]
-COLUMNS = ["experiment", "data", "arm", "seed", *FIGURES, "images_seen", "minutes", "command", "commit"]
+# the flags that all runs on a data set have
+SMALL_PHOTOGRAPHS = "--image-size 16 --amp --cos --epochs 40 --warmup 10 -j 0"
+DATA_FLAGS = {
+    "P": SMALL_PHOTOGRAPHS,
+    "F": SMALL_PHOTOGRAPHS,
+    "D": "--amp --cos --epochs 200 --warmup 20",
+}
+CLASSES = 10  # every data set has ten
+
+# experiments.csv
+FIGURES = ("linear", "knn", "nmi", "ami", "acc", "acc_inst", "acc_proto")
+COLUMNS = ["experiment", "data", "arm", "seed", *FIGURES]
+COLUMNS += ["images_seen", "minutes", "command", "commit"]
+
+# the tables, {column: figure}, and the curves
+MEANS = {"linear": "linear", "kNN": "knn", "acc": "acc", "acc_inst": "acc_inst"}
+DIFFERENCES = {"Δ linear": "linear", "Δ kNN": "knn", "Δ acc": "acc"}
+CURVES = ("knn", "acc_inst", "loss_inst")
+
+# what main_pcl.py and eval_lincls.py print last if the loss or the features are not finite
+DIVERGED = ("stopped at epoch", "are not finite")
 
 
 def read_experiments(path):
-    """{name: {"question": text, "data": letters, "arms": {name: flags}}} of the file, which says how it is read."""
-    parser, experiments = configparser.ConfigParser(), {}
+    """The experiments in the file `path`, whose first lines explain its format.
+
+    Returns {name: {"question": text, "data": letters, "arms": {arm: flags}}}.
+    """
+    parser = configparser.ConfigParser()
     parser.read(path)
+    experiments = {}
     for name in parser.sections():
-        arms = [line.partition("|") for line in parser[name]["arms"].strip().splitlines()]
-        arms = {arm.strip(): f"{parser[name]['base']} {flags if bar else arm}" for arm, bar, flags in arms}
-        experiments[name] = {**parser[name], "arms": arms}
+        section = parser[name]
+        arms = {}
+        for line in section["arms"].strip().splitlines():
+            arm, bar, flags = line.partition("|")
+            if not bar:
+                flags = arm
+            arms[arm.strip()] = f"{section['base']} {flags}"
+        experiments[name] = {"question": section["question"], "data": section["data"], "arms": arms}
     return experiments
 
 
 EXPERIMENTS = read_experiments(Path(__file__).with_suffix(".ini"))
 
 
-# -- ways that are wrong, or not in the product -------------------------------------------------------------------
+# -- patches: a head on the query side -------------------------------------------------------------
+class TwoHeads(Sequential):
+    """Head a and head b: pooled features (N, dim_mlp) -> their outputs, (N, dim) each."""
+
+    def __init__(self, a, b, b_takes_pooled):
+        super().__init__(*a)
+        # inside a layer of a, where stored checkpoints have its weights; the layer ignores it
+        self[0].b = b
+        self.b_takes_pooled = b_takes_pooled
+
+    def forward(self, pooled):
+        z = super().forward(pooled)
+        b = self[0].b
+        if self.b_takes_pooled:
+            return z, b(pooled)
+        return z, b(z)
+
+
 class HeadB(main_pcl.MoCo):
-    """ProtoNCE compares c = normalize(b(z_q)) with the prototypes, not q. predictor: b has no momentum twin; the plain
-    keys are clustered. twin: it has one, whose outputs are clustered. fork: so too, but b is of the pooled features,
-    beside the head a. In one process."""
+    """MoCo with a head b on the query side, whose output c ProtoNCE compares with the prototypes.
 
-    def __init__(self, encoder, d, r, *args, kind):
-        super().__init__(encoder, d, 0 if kind == "twin" else r, *args)
-        self.kind, a = kind, self.encoder_q.fc
-        b = {
-            "predictor": lambda: Sequential(Linear(d, d), BatchNorm1d(d), ReLU(), Linear(d, d)),
-            "twin": lambda: Sequential(Linear(d, d), ReLU(), Linear(d, d)),
-            "fork": lambda: copy.deepcopy(a).apply(lambda x: getattr(x, "reset_parameters", lambda: None)()),
-        }
-        a[0].b = b[kind]()  # no part of a[0](x)
-        if kind == "twin":  # drawn after b, as when its rows were made
-            self.queue = F.normalize(torch.randn(d, r), dim=0)
-        a.register_forward_hook(lambda a, x, z: (z, a[0].b(x[0] if kind == "fork" else z)))
-        self.encoder_k.fc = copy.deepcopy(a).requires_grad_(False)  # nothing takes a predictor's b
-        main_pcl.proto_nce = lambda q, *others: loss.proto_nce(self.c, *others)
+    kind:
+        predictor: b takes a's output. The keys are clustered; the momentum copy of b is not used.
+        twin: b takes a's output. The output of b's momentum copy is clustered.
+        fork: b takes the pooled features, like a. The output of b's momentum copy is clustered.
+    For one process, and heads with a hidden layer (--mlp, the default).
+    """
 
-    def forward(self, im_q, im_k, clustering=False, features=False):
-        z_q, c = self.encoder_q(im_q)
+    def __init__(self, base_encoder, dim, r, kind, **options):
+        # the twin's queue is drawn below, after b, as in the stored runs
+        early_r = 0 if kind == "twin" else r
+        super().__init__(base_encoder, dim, early_r, **options)
+        self.kind = kind
+
+        # head b, and the key encoder's copies of both heads
+        a = self.encoder_q.fc
+        if kind == "predictor":
+            b = Sequential(Linear(dim, dim), BatchNorm1d(dim), ReLU(), Linear(dim, dim))
+        elif kind == "twin":
+            b = Sequential(Linear(dim, dim), ReLU(), Linear(dim, dim))
+            self.queue = F.normalize(torch.randn(dim, r), dim=0)
+        else:
+            b = copy.deepcopy(a)
+            for layer in b:
+                if isinstance(layer, Linear):
+                    layer.reset_parameters()
+        self.encoder_q.fc = TwoHeads(a, b, b_takes_pooled=kind == "fork")
+        self.encoder_k.fc = copy.deepcopy(self.encoder_q.fc).requires_grad_(False)
+
+    def forward(self, im_q, im_k, clustering=False):
+        z_q, b_q = self.encoder_q(im_q)
         with torch.no_grad():
             im_k, own_rows = self.batch_shuffle(im_k)
-            z_k = [z[own_rows] for z in self.encoder_k(im_k)]
+            z_k, b_k = self.encoder_k(im_k)
+            z_k = z_k[own_rows]
+            b_k = b_k[own_rows]
             model.move_running_statistics(self.norms)
-        self.c = model._unit(c)
-        return (model._unit(z_q), model._unit(z_k[0]), self._to_cluster(z_k))[: 3 if features else 2]
+        return unit(z_q), unit(z_k), unit(b_q), self._features_to_cluster((z_k, b_k))
 
-    def _to_cluster(self, z_k):
-        return model._unit(z_k[self.kind != "predictor"])
-
-
-def weighted_proto_nce(weight, *args, original=main_pcl.proto_nce):
-    value, acc = original(*args)
-    return weight * value + (1 - weight) * value.detach(), acc  # the gradient is weighted, what is logged is not
+    def _features_to_cluster(self, outputs):
+        """outputs: of the key encoder's two heads. `encode` calls this as well."""
+        z_k, b_k = outputs
+        if self.kind == "predictor":
+            return unit(z_k)
+        return unit(b_k)
 
 
-def cross_entropy_topk(logits, target, original=loss._cross_entropy):
-    hits = logits.detach().topk(1)[1][:, 0] == target  # of more than 64 equal or NaN it names the first, on the CPU
-    return original(logits, target)[0], 100 * hits.float().mean()
+def unit(x):
+    """Rows of unit length in float32."""
+    return F.normalize(x.float(), dim=1)
 
 
-def info_nce_accuracy_of_one_step(q, k, queue, temperature, original=main_pcl.info_nce):
-    """The loss as it is; the accuracy against keys of the same step, as many as the queue has or half the batch."""
+# -- patches: augmentation, losses, precision ------------------------------------------------------
+class HalfJitter(main_pcl.RandomView):
+    """The random view with half the colour jitter."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.jitter = self.jitter / 2
+
+
+def weighted_proto_nce(weight, *args):
+    """ProtoNCE with a weight on its gradient. The loss in the log has no weight."""
+    value, acc = loss.proto_nce(*args)
+    return weight * value + (1 - weight) * value.detach(), acc
+
+
+def info_nce_within_step(q, k, queue, temperature):
+    """InfoNCE whose accuracy is measured against keys of the same step, not of earlier steps.
+
+    There are as many negatives as keys in the queue, or half a batch if that is less.
+    """
     n = min(len(q) // 2, queue.shape[1])
-    halves = [(q[:n], k[:n], k[-n:]), (q[-n:], k[-n:], k[:n])]
-    acc = [original(queries, keys, negatives.T, temperature)[1] for queries, keys, negatives in halves]
-    return original(q, k, queue, temperature)[0], sum(acc) / 2
+    _, first_acc = loss.info_nce(q[:n], k[:n], k[-n:].T, temperature)
+    _, last_acc = loss.info_nce(q[-n:], k[-n:], k[:n].T, temperature)
+    value, _ = loss.info_nce(q, k, queue, temperature)
+    return value, (first_acc + last_acc) / 2
 
 
-def moco_in_the_range_of_fp16(*args, original=main_pcl.MoCo):
-    """A layer's value above 65,504 is infinite, as in float16, which a CPU is ten times as slow in as in bfloat16."""
-    moco = original(*args)
-    for layer in moco.modules():
-        if isinstance(layer, (Conv2d, Linear)):
-            layer.register_forward_hook(lambda layer, x, y: y.half().to(y.dtype))
-    return moco
+class Float16Range(main_pcl.MoCo):
+    """MoCo whose layers overflow above 65,504, as in float16.
+
+    Shows float16's overflows on a CPU, where float16 itself is ten times slower than bfloat16.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        for layer in self.modules():
+            if isinstance(layer, (Conv2d, Linear)):
+                layer.register_forward_hook(overflow)
+
+
+def overflow(layer, inputs, output):
+    """A forward hook: make values infinite that float16 cannot hold."""
+    return output.half().to(output.dtype)
+
+
+def go_on(run, step, figures):
+    """In place of stop_if_diverged: continue, whatever the figures are."""
 
 
 class ClipScaled(torch.amp.GradScaler):
-    """A scaler in bf16 as in fp16, which a CPU is slow in, and clip_grad_norm_(max_norm=1.0) before it unscales."""
+    """A known mistake: clip the gradients to norm 1 while they are still scaled.
+
+    The scaler is always on, in bfloat16 too, because float16 is slow on a CPU.
+    """
 
     def __init__(self, device, enabled):
         super().__init__(device)
 
     def unscale_(self, optimizer):
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         super().unscale_(optimizer)
 
 
-PATCHES = {  # owner, name, and what takes its place
-    **{kind: (main_pcl, "MoCo", partial(HeadB, kind=kind)) for kind in ("predictor", "twin", "fork")},
-    "half-jitter": (main_pcl.RandomView, "jitter", property(lambda x: x.all / 2, lambda x, y: setattr(x, "all", y))),
-    "weight-0.1": (main_pcl, "proto_nce", lambda *args: weighted_proto_nce(0.1, *args)),
-    "weight-0.3": (main_pcl, "proto_nce", lambda *args: weighted_proto_nce(0.3, *args)),
-    "one-step": (main_pcl, "info_nce", info_nce_accuracy_of_one_step),
-    "fp16-range": (main_pcl, "MoCo", moco_in_the_range_of_fp16),
-    "go-on": (main_pcl, "math", SimpleNamespace(**vars(math) | {"isfinite": lambda x: True})),
-    "topk": (loss, "_cross_entropy", cross_entropy_topk),
-    "clip-scaled": (torch.amp, "GradScaler", ClipScaled),
+def cross_entropy_with_topk(logits, target, original=loss._cross_entropy):
+    """A known mistake: the accuracy by topk, as in the published code.
+
+    If more than 64 logits are all equal, or all nan, topk on a CPU takes the first as the largest.
+    In InfoNCE the first is the target, so a collapsed network has an accuracy of 100 %.
+    """
+    hits = logits.detach().topk(1)[1][:, 0] == target  # first, because `original` overwrites logits
+    value, _ = original(logits, target)
+    return value, 100 * hits.float().mean()
+
+
+# {patch: (module, name, what takes its place)}
+PATCHES = {
+    "predictor": (main_pcl, "MoCo", partial(HeadB, kind="predictor")),
+    "twin": (main_pcl, "MoCo", partial(HeadB, kind="twin")),
+    "fork": (main_pcl, "MoCo", partial(HeadB, kind="fork")),
+    "half-jitter": (main_pcl, "RandomView", HalfJitter),
+    "weight-0.1": (main_pcl, "proto_nce", partial(weighted_proto_nce, 0.1)),
+    "weight-0.3": (main_pcl, "proto_nce", partial(weighted_proto_nce, 0.3)),
+    "one-step": (main_pcl, "info_nce", info_nce_within_step),
+    "fp16-range": (main_pcl, "MoCo", Float16Range),
+    "go-on": (main_pcl, "stop_if_diverged", go_on),
+    "clip-scaled": (main_pcl, "GradScaler", ClipScaled),
+    # a mistake of the published code inside both losses: no name of main_pcl reaches there
+    "topk": (loss, "_cross_entropy", cross_entropy_with_topk),
 }
 
 
+def run_patched(names, argv):
+    """Apply the patches `names`, then run main_pcl.py with the command line `argv`."""
+    for name in names:
+        module, attribute, replacement = find_patch(name)
+        setattr(module, attribute, replacement)
+    return main_pcl.main(argv)
+
+
+def find_patch(name):
+    """(module, name, what takes its place) of a patch."""
+    patches = PATCHES
+    if name.startswith("lightly-"):
+        import peers  # needs lightly
+
+        patches = peers.PATCHES
+    elif name == "published":
+        import published
+
+        patches = published.PATCHES
+    if name not in patches:
+        sys.exit(f"no patch is called {name}; choose one of {', '.join(patches)}")
+    return patches[name]
+
+
+# -- commands and rows -----------------------------------------------------------------------------
 def command_of(data, flags, seed):
-    """The run as a reader can type it. Of a flag given twice the last counts: equal runs have equal commands."""
-    chosen = {}
-    for word in f"{SIZES[data]} {flags} --seed {seed}".split():
+    """The command of a run, as one would type it.
+
+    If a flag is given several times, the last one counts, so equal runs have equal commands.
+    data: the letter of the data set. In the command it stands for the path.
+    flags: as in experiments.ini.
+    """
+    chosen = {}  # {flag or patch: its words}
+    for word in f"{DATA_FLAGS[data]} {flags} --seed {seed}".split():
         if word[0] in "-@":
             name = word.replace("--no-", "--")
-            before, chosen[name] = chosen.get(name), [word]
+            earlier = chosen.get(name)
+            chosen[name] = [word]
+        elif word[0] == "x":  # a multiple of the flag's earlier value
+            chosen[name].append(str(int(word[1:]) * int(earlier[1])))
         else:
-            chosen[name].append(str(int(word[1:]) * int(before[1])) if word[0] == "x" else word)
-    patches = ",".join(name[1:] for name in chosen if name[0] == "@")
-    script = f"benchmarks/experiments.py --patched {patches} --" if patches else "main_pcl.py"
-    words = [word for name in chosen if name[0] != "@" for word in chosen[name]]
-    return " ".join(["python", script, *([] if data == "D" else [data]), *words])
+            chosen[name].append(word)
+
+    patches = []
+    words = []
+    for name, its_words in chosen.items():
+        if name[0] == "@":
+            patches.append(name[1:])
+        else:
+            words += its_words
+    command = ["python", "main_pcl.py"]
+    if patches:
+        command = ["python", "benchmarks/experiments.py", "--patched", ",".join(patches), "--"]
+    if data != "D":
+        command.append(data)
+    return " ".join([*command, *words])
 
 
 def directory_of(command, runs):
-    return runs.resolve() / command.removeprefix("python ").replace("/", "-").replace(" --", "_").replace(" ", "-")
+    """The run's directory in the directory `runs`, named after its command."""
+    name = command.removeprefix("python ").replace("/", "-").replace(" --", "_").replace(" ", "-")
+    return runs.resolve() / name
 
 
 def read(path):
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    """The rows of a CSV file as dicts of text. A file that is not there has none."""
+    if not path.exists():
+        return []
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def run(row, places, runs):
-    """Begin or take up the run row["command"] and evaluate it. Returns the row with its figures, or None on failure."""
-    directory, git = directory_of(row["command"], runs), ["git", "-C", str(ROOT)]
-    directory.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    commit += "-dirty" * (subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", ":!tests"]).returncode == 1)
-    train = [places.get(word, word) for word in row["command"].split()[1:]]
-    with open(directory / "output.txt", "a") as file:
-        options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": file, "stderr": file}
-        status = subprocess.run([sys.executable, *train, "--exp-dir", directory, "--resume"], **options).returncode
-        probe = [sys.executable, "eval_lincls.py", "--exp-dir", directory, "--no-baselines"]
-        status = status or subprocess.run(probe, **options).returncode
-        stopped = any(x in Path(file.name).read_text()[-500:] for x in ("stopped at epoch", "are not finite"))
-        if status and not stopped:
-            return print(f"failed, see {file.name}", file=sys.stderr)
-    log, args = read(directory / "log.csv"), json.loads((directory / "args.json").read_text())
-    row = row | {x: log[-1][x] for x in ("acc_inst", "acc_proto") if log and "lightly" not in row["command"]}
-    if not status:
-        found = json.loads((directory / "eval.json").read_text())["figures"]["trained"]
-        row |= {"linear": found["linear"], "knn": next(found[x] for x in found if x.startswith("kNN"))}
-        row |= {x.lower(): found[f"{x} {CLASSES}"] for x in ("NMI", "AMI", "acc")}
-    row |= {x: f"{float(row[x]):.2f}" for x in FIGURES if x in row}
-    n = len(main_pcl.build_datasets(args["data"], args["image_size"]).train) // args["batch_size"] * args["batch_size"]
-    minutes = sum(n / 60 / float(line["images_per_second"]) for line in log)
-    row["images_seen"] = len(log) * n * (4 if args["symmetric"] else 2)
-    return row | {"minutes": f"{minutes:.1f}", "commit": commit}
+def key_of(row):
+    """What identifies a row of experiments.csv."""
+    return row["experiment"], row["command"]
 
 
 def rows_of(name, rows):
-    of_name = [row for row in rows if row["experiment"] == name]
-    for data, (arm, flags) in product(EXPERIMENTS[name]["data"], EXPERIMENTS[name]["arms"].items()):
-        if fits := [row for row in of_name if row["command"] == command_of(data, flags, row["seed"])]:
-            yield data, arm, fits
+    """The rows of an experiment, arm by arm: yields (data, arm, rows of all seeds).
+
+    Arms without rows are left out.
+    """
+    rows = [row for row in rows if row["experiment"] == name]
+    for data in EXPERIMENTS[name]["data"]:
+        for arm, flags in EXPERIMENTS[name]["arms"].items():
+            found = [row for row in rows if row["command"] == command_of(data, flags, row["seed"])]
+            if found:
+                yield data, arm, found
 
 
+# -- running ---------------------------------------------------------------------------------------
+def run_missing(args, path):
+    """Run each command without a row in the file `path`, and append its rows.
+
+    A command gets one row for each experiment that it belongs to.
+    """
+    places = {}  # {letter of a data set: its path}
+    for word in args.data:
+        letter, _, place = word.partition("=")
+        places[letter] = str(Path(place).resolve())
+
+    stored = read(path)
+    known = {row["command"]: row for row in stored}
+    jobs = list_jobs(args, places, {key_of(row) for row in stored})
+
+    def figures(command):
+        if command in known:  # another experiment has run it
+            return command, known[command]
+        return command, run(jobs[command][0], places, args.runs)
+
+    # Ctrl-C ends the runs and leaves this block, which drops the jobs that are left
+    with ThreadPool(args.n) as pool:
+        for command, found in pool.imap_unordered(figures, jobs):
+            if found is not None:
+                append([found | row for row in jobs[command]], path)
+
+
+def list_jobs(args, places, stored):
+    """The commands to run: {command: its rows, without figures}.
+
+    places: {letter: path} of the data sets to run on. stored: keys of the rows that are there.
+    """
+    jobs = {}
+    for name in args.experiments:
+        arms = EXPERIMENTS[name]["arms"]
+        chosen = [arm for arm in args.arms or arms if arm in arms]
+        for data in EXPERIMENTS[name]["data"]:
+            if data not in places:
+                continue
+            for arm in chosen:
+                for seed in args.seeds:
+                    row = {"experiment": name, "data": data, "arm": arm, "seed": seed}
+                    row["command"] = command_of(data, arms[arm], seed)
+                    if key_of(row) not in stored:
+                        jobs.setdefault(row["command"], []).append(row)
+    return jobs
+
+
+def append(rows, path):
+    """Append rows to the file `path`, unless another process has written them meanwhile."""
+    stored = {key_of(row) for row in read(path)}
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        for row in rows:
+            if key_of(row) not in stored:
+                writer.writerow(row)
+                stored.add(key_of(row))
+
+
+def run(row, places, runs):
+    """Train and evaluate with row["command"]. A run that was interrupted continues.
+
+    places: {letter: path} of the data sets. runs: the directory of all runs.
+    Returns the row with all its columns, or None if the run failed.
+    """
+    directory = directory_of(row["command"], runs)
+    directory.mkdir(parents=True, exist_ok=True)
+    output = directory / "output.txt"
+    commit = current_commit()
+
+    words = [places.get(word, word) for word in row["command"].split()[1:]]
+    status = launch([*words, "--exp-dir", directory, "--resume"], output)
+    if status == 0:
+        status = launch(["eval_lincls.py", "--exp-dir", directory, "--no-baselines"], output)
+    last_words = output.read_text()[-500:]
+    if status != 0 and not any(message in last_words for message in DIVERGED):
+        print(f"failed, see {output}", file=sys.stderr)
+        return None
+
+    figures = training_figures(directory)
+    if "lightly" in row["command"]:  # these methods have no such accuracies
+        figures = {}
+    if status == 0:
+        figures |= evaluation_figures(directory)
+    figures = {name: f"{float(value):.2f}" for name, value in figures.items()}
+    images_seen, minutes = training_cost(directory)
+    costs = {"images_seen": images_seen, "minutes": f"{minutes:.1f}", "commit": commit}
+    return row | figures | costs
+
+
+def current_commit():
+    """The short hash of the commit; it ends in -dirty if a source file has changed since."""
+    git = ["git", "-C", str(ROOT)]
+    command = [*git, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", ":!tests"])
+    if changed.returncode == 1:
+        commit += "-dirty"
+    return commit
+
+
+def launch(words, output):
+    """Run a script of the project, with one thread. Appends what it prints to the file `output`.
+
+    words: the script and its arguments. Returns the exit status.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(output, "a") as file:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=file
+        )
+    return done.returncode
+
+
+def training_figures(directory):
+    """The training accuracies of the last epoch in a run's log; {} if it has no epoch."""
+    log = read(directory / "log.csv")
+    if not log:
+        return {}
+    return {name: log[-1][name] for name in ("acc_inst", "acc_proto")}
+
+
+def evaluation_figures(directory):
+    """The figures that eval_lincls.py has found, named as in FIGURES."""
+    table = json.loads((directory / "eval.json").read_text())["figures"]["trained"]
+    figures = {"linear": table["linear"]}
+    figures["knn"] = next(table[name] for name in table if name.startswith("kNN"))
+    for name in ("NMI", "AMI", "acc"):
+        figures[name.lower()] = table[f"{name} {CLASSES}"]
+    return figures
+
+
+def training_cost(directory):
+    """The number of views that a run's encoders have processed, and the minutes of its steps."""
+    log = read(directory / "log.csv")
+    args = json.loads((directory / "args.json").read_text())
+    images = main_pcl.build_datasets(args["data"], args["image_size"]).train
+    steps = len(images) // args["batch_size"]
+    n = steps * args["batch_size"]  # images per epoch
+    passes = 4 if args["symmetric"] else 2  # of an image through an encoder, per epoch
+    seconds = [n / float(epoch["images_per_second"]) for epoch in log]
+    return len(log) * n * passes, sum(seconds) / 60
+
+
+# -- tables ----------------------------------------------------------------------------------------
 def table(name, rows):
-    """In Markdown, mean ± standard deviation over the seeds; nothing where a run stopped before its evaluation. Δ is
-    the difference from the data set's first arm, seed by seed: mean ± standard error."""
-    columns = ["data", "arm", "seeds", "million images", "linear", "kNN", "acc", "acc_inst"]
-    columns += ["Δ linear", "Δ kNN", "Δ acc"]
-    lines, first = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"], {}
-    for data, arm, fits in rows_of(name, rows):
-        stopped, millions = sum(not row["linear"] for row in fits), [int(row["images_seen"]) / 1e6 for row in fits]
-        cells = [data, arm, f"{len(fits)}" + f", {stopped} stopped" * (stopped > 0), f"{np.mean(millions):.3g}"]
-        for x in ("linear", "knn", "acc", "acc_inst"):
-            cells.append(mean_and_spread([float(row[x]) for row in fits if row[x]]))
-        pairs = [(row, first[data][row["seed"]]) for row in fits if row["seed"] in first.get(data, ())]
-        for x in ("linear", "knn", "acc"):
-            values = [float(row[x]) - float(other[x]) for row, other in pairs if row[x] and other[x]]
-            cells.append(mean_and_spread(values, "+.1f", len(values) ** 0.5))
-        first.setdefault(data, {row["seed"]: row for row in fits})
-        lines.append(f"| {' | '.join(cells)} |")
+    """The table of an experiment in Markdown: mean ± standard deviation over the seeds.
+
+    Δ is the difference from the data set's first arm, seed by seed: mean ± standard error. Runs
+    that stopped before their evaluation are counted, but have no accuracies.
+    """
+    columns = ["data", "arm", "seeds", "million images", *MEANS, *DIFFERENCES]
+    lines = [markdown_line(columns), "|---" * len(columns) + "|"]
+    first_arms = {}  # {data: {seed: row of the first arm}}
+    for data, arm, found in rows_of(name, rows):
+        seeds = str(len(found))
+        stopped = sum(not row["linear"] for row in found)
+        if stopped:
+            seeds += f", {stopped} stopped"
+        millions = np.mean([int(row["images_seen"]) / 1e6 for row in found])
+        cells = [data, arm, seeds, f"{millions:.3g}"]
+
+        for figure in MEANS.values():
+            values = [float(row[figure]) for row in found if row[figure]]
+            cells.append(mean_and_spread(values))
+
+        first_arm = first_arms.get(data, {})
+        for figure in DIFFERENCES.values():
+            values = differences(found, first_arm, figure)
+            cells.append(mean_and_spread(values, form="+.1f", divisor=len(values) ** 0.5))
+        first_arms.setdefault(data, {row["seed"]: row for row in found})
+        lines.append(markdown_line(cells))
     return "\n".join(lines)
 
 
+def differences(rows, first_arm, figure):
+    """How much `figure` of each row exceeds that of the first arm's row with the same seed."""
+    values = []
+    for row in rows:
+        other = first_arm.get(row["seed"])
+        if other is not None and row[figure] and other[figure]:
+            values.append(float(row[figure]) - float(other[figure]))
+    return values
+
+
 def mean_and_spread(values, form=".1f", divisor=1):
-    """As text, the mean of `values` ± their standard deviation over `divisor`; one value as it is, of none nothing."""
-    if len(values) < 2:
-        return "".join(f"{x:{form}}" for x in values)
+    """The mean of `values` ± their standard deviation over `divisor`, as text.
+
+    form: format of the mean. One value stands alone; no value gives "".
+    """
+    if len(values) == 0:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
     return f"{np.mean(values):{form}} ± {np.std(values, ddof=1) / divisor:.1f}"
 
 
+def markdown_line(cells):
+    """A line of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+# -- curves ----------------------------------------------------------------------------------------
 def draw(name, rows, runs, path):
-    """The curves of those runs that are in the directory `runs`. If there is none, the picture stays as it is."""
+    """Draw the curves of an experiment: a row of axes for each data set, a curve for each arm.
+
+    runs: the directory of the runs. Missing runs are left out. If all are missing, the picture at
+        `path` stays as it is.
+    """
     from matplotlib.figure import Figure
 
-    curves = []
-    for data, arm, fits in rows_of(name, rows):
-        logs = [line for row in fits for line in read(directory_of(row["command"], runs) / "log.csv")]
-        curves += [(data, arm, logs)] * bool(logs)
-    if not curves:
+    logs = {}  # {data: {arm: rows of the log.csv of all seeds}}
+    for data, arm, found in rows_of(name, rows):
+        epochs = []
+        for row in found:
+            epochs += read(directory_of(row["command"], runs) / "log.csv")
+        if epochs:
+            logs.setdefault(data, {})[arm] = epochs
+    if not logs:
         return
-    data = list(dict.fromkeys(where for where, _, _ in curves))
-    figure = Figure(figsize=(16, 4 * len(data)), layout="tight")
+
+    figure = Figure(figsize=(16, 4 * len(logs)), layout="tight")
     figure.suptitle(EXPERIMENTS[name]["question"])
-    axes = dict(zip(data, figure.subplots(len(data), 3, squeeze=False), strict=True))
-    for where, arm, logs in curves:
-        i = list(EXPERIMENTS[name]["arms"]).index(arm)
-        for ax, curve in zip(axes[where], ("knn", "acc_inst", "loss_inst"), strict=True):
-            epochs = sorted({int(x["epoch"]) for x in logs if x[curve]})
-            seen = [[float(x[curve]) for x in logs if int(x["epoch"]) == epoch] for epoch in epochs]
-            ax.plot(epochs, [*map(np.mean, seen)], ("-", "--", ":")[i // 10 % 3], color=f"C{i % 10}", label=arm)
-            ax.fill_between(epochs, [*map(min, seen)], [*map(max, seen)], color=f"C{i % 10}", alpha=0.15)
-            ax.set(title=f"{where}: {curve}", xlabel="epoch")
-        ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    all_axes = figure.subplots(len(logs), len(CURVES), squeeze=False)
+    for axes, (data, logs_of_arms) in zip(all_axes, logs.items(), strict=True):
+        for arm, log in logs_of_arms.items():
+            number = list(EXPERIMENTS[name]["arms"]).index(arm)
+            for ax, curve in zip(axes, CURVES, strict=True):
+                draw_curve(ax, log, curve, arm, number)
+        for ax, curve in zip(axes, CURVES, strict=True):
+            ax.set(title=f"{data}: {curve}", xlabel="epoch")
+        axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=100)
 
 
-def run_missing(args, path):
-    """Runs each command that lacks a row, once, and adds its rows: one for each of the experiments that it is of."""
-    places = {data: str(Path(place).resolve()) for data, _, place in (word.partition("=") for word in args.data)}
-    rows, jobs, key = read(path), {}, itemgetter("experiment", "command")
-    for name, experiment in ((x, EXPERIMENTS[x]) for x in args.experiments):
-        chosen = [x for x in args.arms or experiment["arms"] if x in experiment["arms"]]
-        for data, arm, seed in product([x for x in experiment["data"] if x in places], chosen, args.seeds):
-            command = command_of(data, experiment["arms"][arm], seed)
-            row = {"experiment": name, "data": data, "arm": arm, "seed": seed, "command": command}
-            if key(row) not in map(key, rows):
-                jobs.setdefault(command, []).append(row)
-    done = {row["command"]: row for row in rows}  # of other experiments, too
+def draw_curve(ax, log, curve, arm, number):
+    """Draw the mean of a figure over the seeds, and a band from its lowest to its highest value.
 
-    def figures(job):
-        command, (row, *_) = job
-        return command, done[command] if command in done else run(row, places, args.runs)
+    log: rows of the log.csv of all seeds. curve: name of the figure. arm: label of the curve.
+    number: number of the arm, which sets the style.
+    """
+    values = {}  # {epoch: values of the seeds}
+    for row in log:
+        if row[curve]:
+            values.setdefault(int(row["epoch"]), []).append(float(row[curve]))
+    epochs = sorted(values)
+    means = [np.mean(values[epoch]) for epoch in epochs]
+    lowest = [min(values[epoch]) for epoch in epochs]
+    highest = [max(values[epoch]) for epoch in epochs]
 
-    with ThreadPool(args.n) as pool:  # its end, as at a Ctrl-C, which reaches the runs too, is that of the queue
-        for command, found in pool.imap_unordered(figures, jobs.items()):
-            stored = set(map(key, read(path)))  # another call may have written the same meanwhile
-            with open(path, "a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * (not file.tell()))
-                writer.writerows(found | row for row in jobs[command] if found and key(row) not in stored)
+    # ten colours, then the same with dashes, then with dots
+    color = f"C{number % 10}"
+    styles = ("-", "--", ":")
+    ax.plot(epochs, means, styles[number // 10 % 3], color=color, label=arm)
+    ax.fill_between(epochs, lowest, highest, color=color, alpha=0.15)
 
 
+# -- data ------------------------------------------------------------------------------------------
 def make_data(source, out):
-    """The first 1,000 training and 200 held-out images a class, of an ImageFolder or of Fashion-MNIST's files."""
-    for part, stem, n in (("train", "train", 1000), ("test", "t10k", 200)):
-        for path in [x for folder in (source / part).glob("*/") for x in sorted(folder.iterdir())[:n]]:
-            (out / part / path.parent.name).mkdir(parents=True, exist_ok=True)
-            (out / part / path.parent.name / path.name).write_bytes(path.read_bytes())
-        if not (source / part).exists():
-            files = [source / f"{stem}-{x}-ubyte.gz" for x in ("images-idx3", "labels-idx1")]
-            pixels, labels = (np.frombuffer(gzip.decompress(x.read_bytes()), np.uint8) for x in files)
-            for i in [i for label in range(CLASSES) for i in np.flatnonzero(labels[8:] == label)[:n]]:
-                (folder := out / part / str(labels[8 + i])).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels[16:].reshape(-1, 28, 28)[i]).save(folder / f"{i:05}.png")
+    """Write the first 1,000 training and 200 held-out images of each class to the folder `out`.
+
+    source: a folder with train/CLASS/ and test/CLASS/, or with Fashion-MNIST's *-ubyte.gz.
+    """
+    copy_images(source / "train", out / "train", 1000)
+    copy_images(source / "test", out / "test", 200)
+    if not (source / "train").exists():
+        unpack_fashion_mnist(source, "train", out / "train", 1000)
+    if not (source / "test").exists():
+        unpack_fashion_mnist(source, "t10k", out / "test", 200)
+
+
+def copy_images(source, out, n):
+    """Copy the first `n` files of each folder in `source`, if there is one, as they are."""
+    for folder in source.glob("*/"):
+        for path in sorted(folder.iterdir())[:n]:
+            copied = out / folder.name / path.name
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            copied.write_bytes(path.read_bytes())
+
+
+def unpack_fashion_mnist(source, stem, out, n):
+    """Write the first `n` images of each class as PNG files.
+
+    stem: how the names of the two files in `source` begin.
+    """
+    images = gzip.decompress((source / f"{stem}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((source / f"{stem}-labels-idx1-ubyte.gz").read_bytes())
+    images = np.frombuffer(images, np.uint8)[16:].reshape(-1, 28, 28)  # after a header
+    labels = np.frombuffer(labels, np.uint8)[8:]
+    for label in range(CLASSES):
+        for i in np.flatnonzero(labels == label)[:n]:
+            path = out / str(label) / f"{i:05}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[i]).save(path)
+
+
+# -- the command line ------------------------------------------------------------------------------
+def get_parser():
+    """The parser of all flags but --patched, which stands alone."""
+    epilog = ["experiments:"]
+    epilog += [f"  {name:<10} {x['question']}" for name, x in EXPERIMENTS.items()]
+    epilog += ["", "patches, besides those in peers.py and published.py:"]
+    epilog.append(textwrap.indent(textwrap.fill(", ".join(PATCHES), 78), "  "))
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="\n".join(epilog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("experiments", nargs="*", metavar="NAME", help="experiments to run, from the list below")
+    add(
+        "--data",
+        nargs="*",
+        default=["D"],
+        metavar="P=DIR",
+        help="data sets to run on, and their folders: P=DIR, F=DIR, or D, which needs no folder; "
+        "an experiment skips those it does not use; default: D",
+    )
+    add("--arms", nargs="*", metavar="ARM", help="arms to run; default: all")
+    add(
+        "--seeds",
+        nargs="*",
+        type=int,
+        default=[0, 1, 2],
+        metavar="SEED",
+        help="seeds to run; default: 0 1 2",
+    )
+    add("-n", type=int, default=1, help="runs at a time, with one thread each; default: 1")
+    add(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="directory of the runs, from which the curves are drawn; default: runs",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=ROOT / "results",
+        metavar="DIR",
+        help="directory of experiments.csv and of the pictures; name an empty one to run "
+        "everything again; default: results",
+    )
+    add("--table", action="store_true", help="print the tables and run nothing")
+    add(
+        "--make-data",
+        nargs=2,
+        type=Path,
+        metavar=("SOURCE", "DIR"),
+        help="make P or F in DIR and do nothing else; SOURCE is a folder with train/CLASS/ and "
+        "test/CLASS/, or with Fashion-MNIST's four *-ubyte.gz",
+    )
+    return parser
 
 
 def main(argv=None):
+    """Run what is missing, draw the curves and print the tables."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--patched"]:
-        for name in argv[1].split(","):
-            elsewhere = {"lightly": "peers", "published": "published"}.get(name.partition("-")[0])
-            setattr(*(importlib.import_module(elsewhere).PATCHES if elsewhere else PATCHES)[name])
-        return main_pcl.main(argv[3:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("experiments", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}")
-    add("-n", type=int, default=1, help="runs at a time, of one thread each")
-    add("--data", nargs="*", default=["D"], metavar="P=DIR", help="the data sets to run on, and where they are")
-    add("--arms", nargs="*", help="default: all")
-    add("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    add("--runs", type=Path, default=Path("runs"), help="directory of the runs")
-    add("--out", type=Path, default=ROOT / "results", help="of rows and pictures; where there are none, all runs anew")
-    add("--table", action="store_true", help="print the table only")
-    add("--make-data", nargs=2, type=Path, metavar=("SOURCE", "OUT"))
+    if argv[:1] == ["--patched"]:  # --patched NAME,NAME -- FLAGS
+        return run_patched(argv[1].split(","), argv[3:])
+
+    parser = get_parser()
     args = parser.parse_args(argv)
     if args.make_data:
         return make_data(*args.make_data)
-    if unknown := set(args.experiments) - EXPERIMENTS.keys():
+    if not args.experiments:
+        return parser.print_help()
+    unknown = set(args.experiments) - EXPERIMENTS.keys()
+    if unknown:
         parser.error(f"no experiment is called {' or '.join(unknown)}")
+
     path = args.out / "experiments.csv"
     if not args.table:
+        args.out.mkdir(parents=True, exist_ok=True)
         run_missing(args, path)
     for name in args.experiments:
+        rows = read(path)
         if not args.table:
-            draw(name, read(path), args.runs, args.out / f"{name}.png")
-        print(table(name, read(path)))
+            draw(name, rows, args.runs, args.out / f"{name}.png")
+        print(table(name, rows))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What keeps a run alive and is no part of the method: processes, signals, checkpoints, logs, the command line."""
+"""What keeps a run alive and is no part of the method: files, processes, signals, arguments."""

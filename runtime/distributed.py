@@ -1,4 +1,4 @@
-"""Processes and ranks, and the signals that ask a run to end. Everything here works for one process alone, too."""
+"""Processes, ranks, and the signals that ask a run to stop. One process alone works as well."""
 
 import contextlib
 import os
@@ -12,46 +12,63 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
-STOP_SIGNALS += [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []  # SLURM's, ahead of a job's end
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    STOP_SIGNALS.append(signal.SIGUSR1)  # SLURM sends it before a job's time is up
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by `torchrun --max-restarts`
 
 
+# -- processes -------------------------------------------------------------------------------------
 def init_distributed():
-    """Join the other processes that torchrun has started, if it has. Returns the device of this one."""
+    """Join the other processes if torchrun has started any. Returns this process's device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # nothing to listen for outside
-            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
-        timeout = timedelta(hours=2)
-        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(f"start {RESTARTS}", store)  # else a restart finds the addresses of the dead
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"  # so that no device waits for a signal
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    if "RANK" not in os.environ:
+        return device
+
+    # on one machine, listen on the loopback device only
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+
+    timeout = timedelta(hours=2)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    # a prefix per start, so that a restarted process does not find the addresses of dead ones
+    store = dist.PrefixStore(f"start {RESTARTS}", store)
+    # gloo for tensors on the CPU, so that looking for a stop signal does not wait for the GPU
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return device
 
 
 def get_rank_and_world():
-    """(this process's rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """This process's rank, and the number of processes."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def print_main(text):
-    """Print on the first rank alone."""
+    """Print on the first rank only."""
     if get_rank_and_world()[0] == 0:
         print(text, flush=True)
 
 
 @contextlib.contextmanager
 def main_process_first():
-    """As a context: the first rank runs the body alone, such as a download, and then the others do."""
-    rank, world = get_rank_and_world()
+    """Context whose body the first rank runs alone, for example a download, then the others."""
+    rank, _ = get_rank_and_world()
     if rank > 0:
-        dist.barrier()
+        barrier()
     yield
-    if rank == 0 and world > 1:
+    if rank == 0:
+        barrier()
+
+
+def barrier():
+    """Wait until every rank has arrived here."""
+    if dist.is_initialized():
         dist.barrier()
 
 
@@ -64,38 +81,45 @@ def broadcast_object(value):
 
 
 def broadcast(tensor, source=0):
-    """Make `tensor`, on every rank, that of rank `source`."""
+    """Overwrite `tensor` on every rank with that of rank `source`."""
     if dist.is_initialized():
         dist.broadcast(tensor, source)
 
 
 def all_gather_objects(value):
-    """All ranks' values, on every rank, in rank order."""
-    values = [value]
-    if dist.is_initialized():
-        values *= dist.get_world_size()
-        dist.all_gather_object(values, value)
+    """The values of all ranks in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values
 
 
 def data_parallel(model, unused=()):
-    """`model` as the training loop calls it: where there are several processes, they average their gradients.
-    unused: names of parameters that get no gradient; to search for them in every step would cost time."""
+    """`model` or, with several processes, a wrapper that averages the gradients over them.
+
+    unused: names of parameters that get no gradient. Searching for them in each step takes time.
+    """
     if not dist.is_initialized():
         return model
-    model._ddp_params_and_buffers_to_ignore = list(unused)  # as DistributedDataParallel reads it
-    device_ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
+    model._ddp_params_and_buffers_to_ignore = list(unused)  # DistributedDataParallel reads this
+    device_ids = None
+    if next(model.parameters()).is_cuda:
+        device_ids = [torch.cuda.current_device()]
     parallel = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
-    parallel.broadcast_buffers = False  # main_pcl.py makes them equal once an epoch
+    parallel.broadcast_buffers = False  # main_pcl.py broadcasts them once per epoch
     return parallel
 
 
+# -- signals ---------------------------------------------------------------------------------------
 class StopSignals:
-    """As a context: signals that ask a run to end set a flag, which the run reads where it can be taken up again."""
+    """Context in which a stop signal only sets a flag, to be read where the run can be resumed."""
 
     def __enter__(self):
-        self.received = 0
-        self.before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        self.received = 0  # the signal's number
+        self.before = {}
+        for number in STOP_SIGNALS:
+            self.before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_):
@@ -106,7 +130,7 @@ class StopSignals:
         self.received = number
 
     def received_by_any(self):
-        """Whether some rank has got a signal; all ranks have to ask."""
+        """Whether any rank has received a signal. All ranks have to ask."""
         if dist.is_initialized():
             received = torch.tensor(self.received)
             dist.all_reduce(received, dist.ReduceOp.MAX)
@@ -114,24 +138,28 @@ class StopSignals:
         return self.received > 0
 
     def exit_if_received(self, save):
-        """Where some rank has got a signal, call `save` and end the program with 128 + the signal's number."""
-        if self.received_by_any():
-            save()
-            if dist.is_initialized():  # torchrun ends the others soon after the first has left
-                dist.barrier()
-            if get_rank_and_world()[0] == 0:
-                print("\nstopped by a signal; the same command with --resume goes on from here", file=sys.stderr)
-            raise SystemExit(128 + self.received)
+        """If any rank has received a signal, call `save` and exit with 128 + its number."""
+        if not self.received_by_any():
+            return
+        save()
+        barrier()  # torchrun kills the others soon after the first rank has left
+        if get_rank_and_world()[0] == 0:
+            message = "\nstopped by a signal; the same command with --resume continues from here"
+            print(message, file=sys.stderr)
+        raise SystemExit(128 + self.received)
 
 
 def ignore_stop_signals(_=None):
-    """For loader workers: a stop signal may reach all processes of a job, and this one is needed to finish the step."""
+    """Let a loader worker live through a stop signal that reaches all processes of a job.
 
-    def wait():  # for the parent's own signal, with which it ends its workers
+    The run needs the worker to finish its step. A signal from the run itself ends the worker.
+    """
+
+    def wait():
         while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
             pass
         os._exit(0)
 
-    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         threading.Thread(target=wait, daemon=True).start()

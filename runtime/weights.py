@@ -1,4 +1,4 @@
-"""Weights of other projects: find a ResNet's backbone in what a checkpoint holds, load it, write one for others."""
+"""Weights of other projects: find a ResNet's backbone in a checkpoint, load it, export one."""
 
 import re
 from pathlib import Path
@@ -10,77 +10,194 @@ from runtime.checkpoint import save_tensors
 from runtime.cli import fail, format_error
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
-KEY_SIDE = re.compile(r"(?<![a-z])(k|key|momentum|teacher|ema|target)(?![a-z])", re.I)  # not taken if there is another
+DEEPEST = 8  # levels of nested dicts that are searched
+# prefixes of a momentum branch, which is used only if there is no other
+KEY_SIDE = re.compile(r"(?<![a-z])(k|key|momentum|teacher|ema|target)(?![a-z])", re.I)
 FIRST_BLOCK = re.compile(r"((?:.*[. ])?)(layer1|[0-9]+)\.0\.conv1\.weight", re.DOTALL)
-TORCHVISION = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # the children that have weights, in order
+OWN_PREFIX = "module.encoder_q."
+# torchvision's children that have weights, in order
+TORCHVISION = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 
 
 class Found(NamedTuple):
-    arch: str  # as for build_encoder, like small_images
-    small_images: bool
-    state: dict  # torchvision's names -> tensors, without fc
-    where: str  # as "state_dict, under module.encoder_q."
+    """A backbone in a checkpoint."""
+
+    arch: str  # name for build_encoder
+    small_images: bool  # whether the stem is the small one
+    state: dict  # {torchvision's name: tensor}, without fc
+    where: str  # its place, for example "state_dict, under module.encoder_q."
+
+
+# -- finding ---------------------------------------------------------------------------------------
+def find_own(checkpoint):
+    """The query backbone of a run of this project with another network than a ResNet, or None.
+
+    ResNets are left to `find_resnet`, which reads their size off the weights: a name such as
+    resnet18_w9000000 in an untrusted file must not decide how much memory is used.
+    """
+    arch = checkpoint.get("arch")
+    tensors = checkpoint.get("state_dict")
+    is_own = "run" in checkpoint and isinstance(arch, str) and isinstance(tensors, dict)
+    if not is_own or arch.startswith("resnet"):
+        return None
+    state = {}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not is_dense(tensor):
+            return None
+        name_in_encoder = name.removeprefix(OWN_PREFIX)
+        if name.startswith(OWN_PREFIX) and not name_in_encoder.startswith("fc."):
+            state[name_in_encoder] = tensor
+    return Found(arch, False, state, f"state_dict, under {OWN_PREFIX}")
 
 
 def find_resnet(checkpoint, path):
-    """The ResNet in nested dicts, under any prefix, as Found. Ends the program in one line where none can be read."""
-    tensors = _flatten(checkpoint)
-    blocks = filter(None, map(FIRST_BLOCK.fullmatch, tensors))
-    best = min(blocks, key=lambda block: (block[2] != "layer1", bool(KEY_SIDE.search(block[1]))), default=("", ""))
-    prefix = best[1]
-    names = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    state = _as_in_torchvision(names)
+    """The ResNet in nested dicts, under any prefix, as Found.
+
+    path: the checkpoint's file, for messages. Ends the program in one line if there is none.
+    """
+    tensors = flatten(checkpoint)
+    prefix = find_prefix(tensors)
+    names = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            names[name.removeprefix(prefix)] = tensor
+    state = rename_as_in_torchvision(names)
     where = format_error(prefix.removesuffix(", under ") or "top level")
-    first, last = (list(state[n].shape) if n in state else "missing" for n in ("conv1.weight", "layer4.0.conv2.weight"))
-    if len(first) != 4 or first[1] != 3 or last != [8 * first[0], 8 * first[0], 3, 3]:  # else as large as claimed
-        held = [key[:80] for key in [*names, *getattr(checkpoint, "keys", dict)()] if isinstance(key, str)]
-        what = f"{where} has {held[:3]}; conv1.weight is {first}, layer4.0.conv2.weight {last}"
-        fail(format_error(f"{path} holds no ResNet that can be read: {what}, not [W, 3, k, k] and [8W, 8W, 3, 3]"))
+
+    # the first and the last convolution give the width, and must agree on it
+    first = list(state["conv1.weight"].shape) if "conv1.weight" in state else "missing"
+    last = "missing"
+    if "layer4.0.conv2.weight" in state:
+        last = list(state["layer4.0.conv2.weight"].shape)
+    fits = len(first) == 4 and first[1] == 3 and last == [8 * first[0], 8 * first[0], 3, 3]
+    if not fits:
+        keys = list(names)
+        if isinstance(checkpoint, dict):
+            keys += checkpoint
+        shown = [key[:80] for key in keys if isinstance(key, str)][:3]
+        message = (
+            f"{path} holds no ResNet that can be read: {where} has {shown}; conv1.weight is "
+            f"{first}, layer4.0.conv2.weight {last}, not [W, 3, k, k] and [8W, 8W, 3, 3]"
+        )
+        fail(format_error(message))
+
+    # the number of blocks and of convolutions in each gives the depth
     blocks = {tuple(name.split(".")[:2]) for name in state if name.startswith("layer")}
-    depth = 2 + (3 if "layer1.0.conv3.weight" in state else 2) * len(blocks)
+    convolutions = 3 if "layer1.0.conv3.weight" in state else 2
+    depth = 2 + convolutions * len(blocks)
     width = "" if first[0] == 64 else f"_w{first[0]}"
     return Found(f"resnet{depth}{width}", first[3] == 3, state, where)
 
 
-def _flatten(checkpoint):
-    """The dense tensors in nested dicts, as {"key of a dict, under key in it": tensor}."""
-    tensors, level = {}, [("", checkpoint)]
-    for _ in range(8):  # deep; a dict that is there many times is read once at each depth, as it may hold itself
-        dicts = {id(part): (f"{at[:200]}, under " if at else "", part) for at, part in level if isinstance(part, dict)}
-        level = [(at + key, part[key]) for at, part in dicts.values() for key in part if isinstance(key, str)]
-        dense = ((n, t) for n, t in level if isinstance(t, torch.Tensor) and not t.is_nested and not t.is_meta)
-        tensors |= {n: t for n, t in dense if t.layout == torch.strided and t.dtype in DTYPES}
+def flatten(checkpoint):
+    """The dense tensors in nested dicts, as {"key of a dict, under key in that dict": tensor}."""
+    tensors = {}
+    level = [("", checkpoint)]  # (place, value)
+    for _ in range(DEEPEST):
+        # a dict that occurs many times is read once per level, because it may contain itself
+        dicts = {}
+        for place, value in level:
+            if isinstance(value, dict):
+                prefix = f"{place[:200]}, under " if place else ""
+                dicts[id(value)] = (prefix, value)
+        level = []
+        for prefix, value in dicts.values():
+            level += [(prefix + key, value[key]) for key in value if isinstance(key, str)]
+        for place, value in level:
+            if is_dense(value):
+                tensors[place] = value
     return tensors
 
 
-def _as_in_torchvision(names):
-    """{name: tensor} of a backbone under torchvision's names; lightly's are the numbers of a Sequential's children."""
+def is_dense(value):
+    """Whether `value` is an ordinary tensor with data."""
+    if not isinstance(value, torch.Tensor) or value.is_nested or value.is_meta:
+        return False
+    return value.layout == torch.strided and value.dtype in DTYPES
+
+
+def find_prefix(tensors):
+    """The prefix of the best ResNet in {name: tensor}; "" if there is none.
+
+    Torchvision's names come before lightly's numbers, the query side before the key side.
+    """
+    best = None
+    for name in tensors:
+        match = FIRST_BLOCK.fullmatch(name)
+        if match is None:
+            continue
+        prefix, first_layer = match.groups()
+        rank = (first_layer != "layer1", bool(KEY_SIDE.search(prefix)))
+        if best is None or rank < best[0]:
+            best = (rank, prefix)
+    return "" if best is None else best[1]
+
+
+def rename_as_in_torchvision(names):
+    """{name: tensor} of a backbone under torchvision's names, without other tensors.
+
+    lightly's names are the numbers of a Sequential's children, and "shortcut" for "downsample".
+    """
     numbers = {name.split(".")[0] for name in names if name.split(".")[0].isdigit()}
-    new = dict(zip(sorted(numbers, key=lambda n: (len(n), n)), TORCHVISION, strict=False)) | {"shortcut": "downsample"}
-    renamed = {re.sub(r"^[0-9]+(?=\.)|shortcut", lambda old: new.get(old[0], old[0]), n): t for n, t in names.items()}
-    return {name: tensor for name, tensor in renamed.items() if re.match(r"(conv1|bn1|layer[0-9]+)\.", name)}
+    ascending = sorted(numbers, key=lambda number: (len(number), number))
+    new_names = dict(zip(ascending, TORCHVISION, strict=False))
+    new_names["shortcut"] = "downsample"
+
+    def replace(match):
+        return new_names.get(match[0], match[0])
+
+    renamed = {}
+    for name, tensor in names.items():
+        name = re.sub(r"^[0-9]+(?=\.)|shortcut", replace, name)
+        if re.match(r"(conv1|bn1|layer[0-9]+)\.", name):
+            renamed[name] = tensor
+    return renamed
 
 
+# -- loading and exporting -------------------------------------------------------------------------
 @torch.no_grad()
 def load_backbone(encoder, found, path):
-    """Copy a Found's weights into `encoder`, all but its `.fc`; ends the program in one line where they do not fit."""
-    own = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith("fc.")}
-    wanted, given = ({n: list(t.shape) for n, t in tensors.items()} for tensors in (own, found.state))
-    wrong = [n for n in wanted | given if given.get(n) != wanted.get(n) and (n in given or "num_batches" not in n)]
+    """Copy the weights of a Found into `encoder`, except its `.fc`.
+
+    path: the checkpoint's file, for messages. Ends the program in one line if a weight is missing,
+    unexpected or of another shape.
+    """
+    own = state_without_fc(encoder)
+    wrong = []
+    for name in {**own, **found.state}:
+        given = list(found.state[name].shape) if name in found.state else "missing"
+        wanted = list(own[name].shape) if name in own else "expected"
+        is_optional = given == "missing" and "num_batches" in name
+        if given != wanted and not is_optional:
+            wrong.append(f"{name[:80]} is {given}, not {wanted}")
     if wrong:
-        what = ", ".join(f"{n[:80]} is {given.get(n, 'missing')}, not {wanted.get(n, 'expected')}" for n in wrong[:3])
-        fail(format_error(f"{path} does not hold the weights of a {found.arch}: {what}"))
-    torch._foreach_copy_([*own.values()], [found.state.get(name, tensor) for name, tensor in own.items()])
+        message = f"{path} does not hold the weights of a {found.arch}: {', '.join(wrong[:3])}"
+        fail(format_error(message))
+    for name, tensor in own.items():
+        tensor.copy_(found.state.get(name, tensor))
+
+
+def state_without_fc(encoder):
+    """The weights and buffers of `encoder` outside its `.fc`, {name: tensor}."""
+    state = encoder.state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
 
 
 def export(path, encoder, arch, small_images):
-    """Write the backbone as {torchvision's name: float32 tensor} for others; returns a line of Python that loads it."""
-    state = {n: t.cpu().float().contiguous().clone() for n, t in encoder.state_dict().items() if n[:3] != "fc."}
+    """Write the backbone as {name: float32 tensor}; a ResNet's names are torchvision's.
+
+    Returns a line of Python that loads it. Ends the program in one line if `path` is not writable.
+    """
+    state = {}
+    for name, tensor in state_without_fc(encoder).items():
+        state[name] = tensor.cpu().float().contiguous().clone()
     try:
         save_tensors(Path(path), state)
     except (OSError, ValueError) as error:
         fail(format_error(f"cannot write {path} ({error})"))
     load = f"load_state_dict(torch.load({str(path)!r}), strict=False)"
-    if small_images or "_w" in arch:
-        return f'build_encoder("{arch}", small_images={small_images}).{load}  # build_encoder: model.py'
+    is_torchvisions = arch.startswith("resnet") and "_w" not in arch and not small_images
+    if not is_torchvisions:
+        call = f'build_encoder("{arch}", small_images={small_images})'
+        return f"{call}.{load}  # build_encoder: model.py"
     return f"torchvision.models.{arch}().{load}"

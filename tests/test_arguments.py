@@ -1,4 +1,4 @@
-"""The command line: defaults, help, values that are refused; and what the arguments make of schedule and optimizer."""
+"""The command line: defaults, help, refused values; the schedule and the optimizer it asks for."""
 
 import argparse
 import functools
@@ -10,66 +10,98 @@ from conftest import fails
 
 import eval_lincls
 import main_pcl
+import recipes
 from runtime import cli
 
-# -- schedule and optimizer
 
-
+# -- schedule and optimizer ------------------------------------------------------------------------
 def rate(progress, **options):
+    """The learning rate after `progress` of 8 epochs, whose peak is 0.4."""
     args = {"lr": 0.4, "lr_warmup": 0, "cos": False, "epochs": 8, "schedule": []}
     return main_pcl.learning_rate(progress, argparse.Namespace(**(args | options)))
 
 
-@pytest.mark.parametrize(
-    "options, expected",
-    [
-        ({}, {0: 0.4, 7.9: 0.4}),
-        ({"schedule": [3, 5]}, {0: 0.4, 2.99: 0.4, 3: 0.04, 4.5: 0.04, 5: 0.004, 7.9: 0.004}),
-        ({"cos": True}, {0: 0.4, 2: 0.3414214, 4: 0.2, 6: 0.0585786, 8: 0}),
-        ({"cos": True, "schedule": [3, 5]}, {4: 0.2, 6: 0.0585786}),  # in place of the schedule
-        ({"lr_warmup": 4}, {0: 0.0001, 1: 0.1001, 2: 0.2001, 3.999: 0.4, 4: 0.4, 7: 0.4}),
-        ({"lr_warmup": 2, "cos": True}, {0: 0.0002, 1: 0.2002, 2: 0.3414214, 4: 0.2}),
-        ({"lr_warmup": 4, "schedule": [3, 5]}, {3: 0.3001, 4: 0.04, 5: 0.004}),
-    ],
-    ids=["constant", "schedule", "cos", "cos, schedule", "warmup", "warmup, cos", "warmup, schedule"],
-)
-def test_learning_rate(options, expected):
-    assert {progress: rate(progress, **options) for progress in expected} == pytest.approx(expected, rel=1e-5, abs=1e-9)
+SCHEDULES = {  # name: (options, {progress: learning rate})
+    "constant": (
+        {},
+        {0: 0.4, 7.9: 0.4},
+    ),
+    "schedule": (
+        {"schedule": [3, 5]},
+        {0: 0.4, 2.99: 0.4, 3: 0.04, 4.5: 0.04, 5: 0.004, 7.9: 0.004},
+    ),
+    "cos": (
+        {"cos": True},
+        {0: 0.4, 2: 0.3414214, 4: 0.2, 6: 0.0585786, 8: 0},
+    ),
+    "cos instead of schedule": (
+        {"cos": True, "schedule": [3, 5]},
+        {4: 0.2, 6: 0.0585786},
+    ),
+    "warmup": (
+        {"lr_warmup": 4},
+        {0: 0.0001, 1: 0.1001, 2: 0.2001, 3.999: 0.4, 4: 0.4, 7: 0.4},
+    ),
+    "warmup, cos": (
+        {"lr_warmup": 2, "cos": True},
+        {0: 0.0002, 1: 0.2002, 2: 0.3414214, 4: 0.2},
+    ),
+    "warmup, schedule": (
+        {"lr_warmup": 4, "schedule": [3, 5]},
+        {3: 0.3001, 4: 0.04, 5: 0.004},
+    ),
+}
 
 
-@pytest.mark.parametrize("optim", main_pcl.OPTIMIZERS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rate(name):
+    options, expected = SCHEDULES[name]
+    found = {progress: rate(progress, **options) for progress in expected}
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("optim", recipes.OPTIMIZERS)
 def test_which_weights_decay(optim):
-    """A step along gradients of zero shrinks exactly those: sgd's all, the others' but for biases and batch norm."""
+    """SGD decays all weights, the other optimizers all but biases and batch norm.
+
+    A step along gradients of zero shrinks exactly the weights that decay.
+    """
     encoder = functools.partial(main_pcl.build_encoder, "resnet18_w4", small_images=True)
     model = main_pcl.MoCo(encoder, 8, 16, cluster_head="report")
     args = argparse.Namespace(optim=optim, lr=0.1, wd=0.1, momentum=0.9)
     optimizer = main_pcl.build_optimizer(model, args)
     for p in model.parameters():
         p.data.fill_(1)
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
     optimizer.step()
-    shrunk = {name for name, p in model.named_parameters() if (p < 1).all()}
-    assert all((p == 1).all() for name, p in model.named_parameters() if name not in shrunk)
+
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    shrunk = {name for name, p in model.named_parameters() if (p < 1).all()}
+    same = {name for name, p in model.named_parameters() if (p == 1).all()}
     assert {name.split(".")[0] for name in trained} == {"encoder_q", "v"}
-    spared = {name for name in trained if re.search(r"\.bias$|bn\d|downsample\.1", name)}
-    assert len(spared) > 40 and shrunk == (trained if optim == "sgd" else trained - spared)
+    assert shrunk | same == {name for name, _ in model.named_parameters()}
+    if optim == "sgd":
+        assert shrunk == trained
+    else:
+        spared = {name for name in trained if re.search(r"\.bias$|bn\d|downsample\.1", name)}
+        assert len(spared) > 40
+        assert shrunk == trained - spared
 
 
-# -- defaults
-
-
+# -- defaults --------------------------------------------------------------------------------------
 FITTING = {"crop_min": 0.25, "blur": False, "flip": True}  # augmentation that fits the data
+LEFT_OPEN = ["data", "init", "clip_grad", "exp_dir", "config", "resume"]
 
 
 def defaults(n, image_size, *flags, world=1):
+    """The arguments of a run with these flags, on `n` images of `image_size` pixels, as a dict."""
     datasets = argparse.Namespace(train=range(n), image_size=image_size, augmentation=FITTING)
     args = main_pcl.get_parser().parse_args(flags)
     before = dict(vars(args))
     final = main_pcl.fill_in_defaults(args, datasets, world, "cpu")
-    assert vars(args) == before  # a new one comes back
-    left_open = ["data", "init", "clip_grad", "exp_dir", "config", "resume"]
-    assert [name for name, value in vars(final).items() if value is None] == left_open
+    assert vars(args) == before  # the result is a new object
+    assert [name for name, value in vars(final).items() if value is None] == LEFT_OPEN
     return vars(final)
 
 
@@ -95,17 +127,31 @@ IMAGENET = {
     "knn_every": 10,
     "amp_dtype": "bf16",
 }
-CIFAR = IMAGENET | {"arch": "resnet18", "stem": "small", "image_size": 32, "pcl_r": 4096, "moco_m": 0.99}
-CIFAR |= {
-    "num_cluster": [976, 1951, 3903],
+CIFAR = {
+    **IMAGENET,
+    "arch": "resnet18",
+    "stem": "small",
+    "image_size": 32,
     "batch_size": 128,
     "lr": 0.06,
     "wd": 5e-4,
     "temperature": 0.1,
+    "pcl_r": 4096,
+    "moco_m": 0.99,
+    "num_cluster": [976, 1951, 3903],
     "bn_splits": 2,
 }
-DIGITS = IMAGENET | {"arch": "resnet18_w16", "stem": "small", "image_size": 8, "pcl_r": 64, "moco_m": 0.99}
-DIGITS |= {"num_cluster": [28, 56, 112], "batch_size": 128, "lr": 0.015}
+DIGITS = {
+    **IMAGENET,
+    "arch": "resnet18_w16",
+    "stem": "small",
+    "image_size": 8,
+    "batch_size": 128,
+    "lr": 0.015,
+    "pcl_r": 64,
+    "moco_m": 0.99,
+    "num_cluster": [28, 56, 112],
+}
 
 
 @pytest.mark.parametrize(
@@ -114,64 +160,91 @@ DIGITS |= {"num_cluster": [28, 56, 112], "batch_size": 128, "lr": 0.015}
     ids=["ImageNet", "CIFAR-10", "digits"],
 )
 def test_defaults_follow_the_data(n, image_size, expected):
-    """ImageNet's are those that are published."""
+    """Those of ImageNet are the published ones."""
     found = defaults(n, image_size)
     assert {name: found[name] for name in expected} == expected
     assert {name: found[name] for name in FITTING} == FITTING
     assert 1 <= found["workers"] <= 8
 
 
-def test_defaults_follow_optimizer_batch_and_processes():
+def test_defaults_follow_the_optimizer():
     lamb = defaults(50_000, 32, "--optim", "lamb", "-b", "512")
     assert (lamb["lr"], lamb["wd"], lamb["temperature"]) == pytest.approx((0.04, 0.02, 0.1))
-    rates = {"sgd": 0.03, "adamw": 1e-3, "lamb": 5e-3, "lars": 0.3}  # four times as high for many small images
-    for (n, size), factor in {(1_281_167, 224): 1, (1437, 8): 0.5, (50_000, 32): 2}.items():  # batches of 256, 128, 128
-        found = {optim: defaults(n, size, "--optim", optim)["lr"] for optim in rates}
-        assert found == pytest.approx({optim: rate * factor for optim, rate in rates.items()})
     assert defaults(50_000, 32, "--optim", "lars")["lr_warmup"] == 10
-    eight, three = defaults(1_281_167, 224, world=8), defaults(1_281_167, 224, world=3)
-    assert (eight["batch_size"], eight["bn_splits"]) == (256, 1)  # 8 processes are 8 groups
-    assert (three["batch_size"], three["bn_splits"]) == (255, 1) and three["lr"] == pytest.approx(0.03 * 255 / 256)
+
+
+@pytest.mark.parametrize(
+    "n, image_size, factor",
+    [
+        (1_281_167, 224, 1),  # batch 256
+        (1437, 8, 0.5),  # batch 128
+        (50_000, 32, 2),  # batch 128, and the recipe's rate is four times as high
+    ],
+)
+def test_the_rates_of_all_optimizers_follow_recipe_and_batch(n, image_size, factor):
+    rates = {"sgd": 0.03, "adamw": 1e-3, "lamb": 5e-3, "lars": 0.3}
+    found = {optim: defaults(n, image_size, "--optim", optim)["lr"] for optim in rates}
+    assert found == pytest.approx({optim: rate * factor for optim, rate in rates.items()})
+
+
+def test_defaults_follow_the_number_of_processes():
+    eight = defaults(1_281_167, 224, world=8)
+    assert eight["batch_size"] == 256
+    assert eight["bn_splits"] == 1  # 8 processes are 8 groups
+    three = defaults(1_281_167, 224, world=3)
+    assert three["batch_size"] == 255
+    assert three["bn_splits"] == 1
+    assert three["lr"] == pytest.approx(0.03 * 255 / 256)
+
+
+def test_defaults_for_four_images():
     few = defaults(4, 8)
-    assert few["pcl_r"] == 1 and few["num_cluster"] == [2, 2, 2]
+    assert few["pcl_r"] == 1
+    assert few["num_cluster"] == [2, 2, 2]
 
 
 def test_a_flag_always_wins():
-    flags = ["--arch", "resnet34", "--stem", "imagenet", "-b", "12", "--lr", "3", "--lr-warmup", "7", "--schedule", "4"]
-    flags += [
-        "--pcl-r",
-        "9",
-        "--num-cluster",
-        "5,6",
-        "--moco-m",
-        "0",
-        "--bn-splits",
-        "3",
-        "--knn-every",
-        "2",
-        "-j",
-        "0",
-    ]
+    flags = ["--arch", "resnet34", "--stem", "imagenet", "-b", "12", "--lr", "3"]
+    flags += ["--lr-warmup", "7", "--schedule", "4", "--pcl-r", "9", "--num-cluster", "5,6"]
+    flags += ["--moco-m", "0", "--bn-splits", "3", "--knn-every", "2", "-j", "0"]
     flags += ["--crop-min", "0.3", "--blur", "--no-flip", "--amp-dtype", "fp16"]
-    expected = {"arch": "resnet34", "stem": "imagenet", "batch_size": 12, "lr": 3, "lr_warmup": 7, "schedule": [4]}
-    expected |= {"pcl_r": 9, "num_cluster": [5, 6], "moco_m": 0, "bn_splits": 3, "knn_every": 2, "workers": 0}
-    expected |= {"crop_min": 0.3, "blur": True, "flip": False, "amp_dtype": "fp16"}
+    expected = {
+        "arch": "resnet34",
+        "stem": "imagenet",
+        "batch_size": 12,
+        "lr": 3,
+        "lr_warmup": 7,
+        "schedule": [4],
+        "pcl_r": 9,
+        "num_cluster": [5, 6],
+        "moco_m": 0,
+        "bn_splits": 3,
+        "knn_every": 2,
+        "workers": 0,
+        "crop_min": 0.3,
+        "blur": True,
+        "flip": False,
+        "amp_dtype": "fp16",
+    }
     found = defaults(1437, 8, *flags)
     assert {name: found[name] for name in expected} == expected
-    assert defaults(1437, 8, "--schedule")["schedule"] == []  # named, but without an epoch: a constant rate
 
 
-# -- help
+def test_a_schedule_without_epochs_is_a_constant_rate():
+    assert defaults(1437, 8, "--schedule")["schedule"] == []
 
 
+# -- help ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", [main_pcl, eval_lincls])
-def test_help_says_the_default_of_every_flag(script):
-    parser, checked = script.get_parser(), 0
-    parts = re.split(r"\n(?=  -)", parser.format_help())
+def test_help_states_the_default_of_every_flag(script):
+    parser = script.get_parser()
+    parts = re.split(r"\n(?=  -)", parser.format_help())  # one part per flag
+    checked = 0
     for action in parser._actions:
         if not action.option_strings or action.dest == "help":
             continue
-        (part,) = (part for part in parts if re.match(rf" *{action.option_strings[0]}(?![\w-])", part))
+        beginning = rf" *{action.option_strings[0]}(?![\w-])"
+        (part,) = (part for part in parts if re.match(beginning, part))
         shown = re.search(r"default:\s*(\S+)", " ".join(part.split()))
         assert shown, part
         if action.default is not None and shown[1].endswith(")"):
@@ -180,23 +253,33 @@ def test_help_says_the_default_of_every_flag(script):
     assert checked > 8
 
 
-def test_progress_is_a_line_a_minute_where_there_is_no_terminal(capsys, monkeypatch):
-    now = iter(range(0, 10_000, 25))  # each look at the clock is 25 seconds later
-    monkeypatch.setattr("tqdm.std.time", lambda: next(now))
+def test_help_lists_the_recipes():
+    words = main_pcl.get_parser().format_help().split()
+    for recipe in (recipes.IMAGENET, recipes.SMALL_IMAGES, recipes.FEW_SMALL_IMAGES):
+        values = [str(value) for value in recipe.values()]
+        starts = range(len(words) - len(values))
+        assert any(words[i : i + len(values)] == values for i in starts), values
+
+
+def test_progress_without_a_terminal_is_a_line_a_minute(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 25))  # 25 seconds pass between two looks at it
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
     bar = cli.Progress(range(20), desc="epoch 3")
     for _ in bar:
         bar.say("loss 1.5", 2.0)
     lines = capsys.readouterr().err.strip().splitlines()
     assert 3 <= len(lines) <= 20
-    assert all(line.startswith("epoch 3") and "loss 1.5, the run ends in" in line for line in lines), lines
-    monkeypatch.undo()
-    assert list(cli.Progress(range(20), desc="short")) == [*range(20)]
+    for line in lines:
+        assert line.startswith("epoch 3"), lines
+        assert "loss 1.5, the run ends in" in line, lines
+
+
+def test_a_short_loop_without_a_terminal_shows_no_progress(capsys):
+    assert list(cli.Progress(range(20), desc="short")) == list(range(20))
     assert capsys.readouterr().err == ""
 
 
-# -- what is refused
-
-
+# -- what is refused -------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:Scale and ratio")
 @pytest.mark.parametrize(
     "args, message",

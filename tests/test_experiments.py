@@ -1,8 +1,7 @@
-"""The experiments: patches take effect, a run becomes a row once, table and data are what they should be."""
+"""The experiments: patches take effect, a run becomes one row, tables and data are right."""
 
 import functools
 import gzip
-import importlib
 import json
 import shutil
 import subprocess
@@ -21,196 +20,359 @@ import experiments
 import eval_lincls
 import loss
 import main_pcl
+import model
 from cluster import Clusters
-
-TRAINED = {"linear": 90, "kNN 200": 80, "NMI 10": 70, "AMI 10": 60, "acc 10": 50, "acc 10 held out": 1}
 
 
 @pytest.fixture
 def patch(monkeypatch):
-    return lambda name: monkeypatch.setattr(*experiments.PATCHES[name], raising=False)
+    """A function that applies a patch until the end of the test."""
+    return lambda name: monkeypatch.setattr(*experiments.find_patch(name))
 
 
+def tiny_moco():
+    """A MoCo of main_pcl, patched or not, for images of 8 pixels: D 16, R 8."""
+    encoder = functools.partial(main_pcl.build_encoder, "resnet18_w4", small_images=True)
+    return main_pcl.MoCo(encoder, dim=16, r=8)
+
+
+def eight_clusters(d=16):
+    """Eight samples, each with a cluster of its own."""
+    centroids = F.normalize(torch.randn(8, d))
+    return [Clusters(torch.arange(8), centroids, torch.ones(8))]
+
+
+# -- experiments.ini -------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)
-def test_every_arm_is_a_command_of_its_own_that_the_program_takes(name):
-    data, arms = experiments.EXPERIMENTS[name]["data"], experiments.EXPERIMENTS[name]["arms"]
-    found = [experiments.command_of(x, flags, 0) for x in data for flags in arms.values()]
-    assert len(set(found)) == len(found)
-    for command in found:
-        patched, _, flags = command.removeprefix("python main_pcl.py ").rpartition(" -- ")
+def test_every_arm_has_a_command_of_its_own_that_the_program_takes(name):
+    experiment = experiments.EXPERIMENTS[name]
+    commands = []
+    for data in experiment["data"]:
+        for flags in experiment["arms"].values():
+            commands.append(experiments.command_of(data, flags, seed=0))
+    assert len(set(commands)) == len(commands)
+
+    for command in commands:
+        script, _, flags = command.removeprefix("python main_pcl.py ").rpartition(" -- ")
         main_pcl.get_parser().parse_args(flags.split())
-        names = set(patched.split()[-1].split(",")) if patched else set()
-        assert all(name in experiments.PATCHES or name.startswith(("lightly-", "published")) for name in names)
+        if script:
+            for patch in script.split()[-1].split(","):
+                elsewhere = patch.startswith("lightly-") or patch == "published"
+                assert elsewhere or patch in experiments.PATCHES
         assert len(experiments.directory_of(command, Path()).name) < 255
-    command = experiments.command_of("D", "--lr 1 --symmetric @topk --lr 2 --no-symmetric --epochs x2", 3)
-    flags = "--amp --cos --epochs 400 --warmup 20 --lr 2 --no-symmetric --seed 3"
-    assert command == f"python benchmarks/experiments.py --patched topk -- {flags}"
+
+
+def test_the_last_of_equal_flags_counts_and_values_multiply():
+    flags = "--lr 1 --symmetric @topk --lr 2 --no-symmetric --epochs x2"
+    command = experiments.command_of("D", flags, seed=3)
+    expected = "--amp --cos --epochs 400 --warmup 20 --lr 2 --no-symmetric --seed 3"
+    assert command == f"python benchmarks/experiments.py --patched topk -- {expected}"
+
+
+# -- patches ---------------------------------------------------------------------------------------
+def test_an_unknown_patch_is_named_in_one_line():
+    with pytest.raises(SystemExit, match="no patch is called twins"):
+        experiments.main(["--patched", "twins", "--"])
+
+
+@pytest.mark.parametrize("name", experiments.PATCHES)
+def test_a_patch_replaces_a_name_that_exists(name):
+    module, attribute, _ = experiments.PATCHES[name]
+    assert hasattr(module, attribute)
 
 
 @pytest.mark.parametrize("name", ["predictor", "twin", "fork"])
-def test_a_head_of_ours_trains_and_is_where_it_should_be(name, folder, tmp_path, patch, monkeypatch):
+def test_a_head_b_trains_in_the_program(name, folder, tmp_path, patch):
     patch(name)
-    monkeypatch.setattr(main_pcl, "proto_nce", main_pcl.proto_nce)  # which the head replaces
-    run(folder, *TINY, "--cluster-head", "none", "--warmup", "1", "--epochs", "2", "--exp-dir", tmp_path)
+    run(folder, *TINY, "--warmup", "1", "--epochs", "2", "--exp-dir", tmp_path)
     assert state(tmp_path)["log"][1]["loss_proto"] > 0
-    moco = main_pcl.MoCo(lambda **kw: main_pcl.build_encoder("resnet18_w4", small_images=True, **kw), 16, 8)
-    images, fork = torch.randn(8, 3, 8, 8), name == "fork"
-    q, k, to_cluster = moco(images, images, clustering=True, features=True)
-    c = moco.c
-    pooled = main_pcl.backbone(moco.encoder_q)(images)
+
+
+@pytest.mark.parametrize("name", ["predictor", "twin", "fork"])
+def test_a_head_b_is_where_it_should_be(name, patch):
+    patch(name)
+    moco = tiny_moco()
+    images = torch.randn(8, 3, 8, 8)
+    q, k, c, features = moco(images, images, clustering=True)
+
+    pooled = model.backbone(moco.encoder_q)(images)
     z, b = moco.encoder_q.fc(pooled)
-    torch.testing.assert_close((q, c), (F.normalize(z), F.normalize(b)))
-    clustered = k if name == "predictor" else c.detach()  # at the start the key encoder is the query's
-    torch.testing.assert_close(to_cluster, clustered)
-    torch.testing.assert_close(b, moco.encoder_q.fc[0].b(pooled if fork else z))
-    clusters = [Clusters(torch.arange(8), F.normalize(torch.randn(8, 16)), torch.ones(8))]
-    expected = loss.proto_nce(c, torch.arange(8), clusters, 8)
-    assert main_pcl.proto_nce(q, torch.arange(8), clusters, 8) == expected
+    torch.testing.assert_close(q, F.normalize(z))
+    torch.testing.assert_close(c, F.normalize(b))
+    torch.testing.assert_close(b, moco.encoder_q.fc[0].b(pooled if name == "fork" else z))
+
+    # at the start the key encoder equals the query encoder
+    clustered = k if name == "predictor" else c.detach()
+    torch.testing.assert_close(features, clustered)
+    assert moco.encode(images).shape == (8, 16)
+
+    # b learns from c, and its momentum copy follows
     before = moco.encoder_k.fc[0].b[0].weight.clone()
-    (q + c).sum().backward()
-    torch.optim.SGD(moco.parameters(), 1.0).step()
+    value, _ = main_pcl.proto_nce(c, torch.arange(8), eight_clusters(), 8)
+    value.backward()
+    torch.optim.SGD([p for p in moco.parameters() if p.requires_grad], 1.0).step()
     moco.momentum_update_key_encoder()
-    assert not torch.equal(moco.encoder_k.fc[0].b[0].weight, before) and len(moco(images, images)) == 2
+    assert not torch.equal(moco.encoder_k.fc[0].b[0].weight, before)
 
 
 @pytest.mark.parametrize("name", ["MoCo", "SimCLR", "BYOL", "SwAV", "NNCLR"])
-def test_a_peer_trains(name, folder, tmp_path, monkeypatch):
-    peer = pytest.importorskip("lightly") and importlib.import_module("peers").PATCHES[f"lightly-{name}"]
-    monkeypatch.setattr(*peer)
-    monkeypatch.setattr(main_pcl, "info_nce", main_pcl.info_nce)  # which the peer replaces
-    symmetric = ["--symmetric"] * (name in ("MoCo", "BYOL"))
-    run(folder, *TINY, "--warmup", "3", "--epochs", "3", "--bn-splits", "1", *symmetric, "--exp-dir", tmp_path)
+def test_a_method_of_lightly_trains(name, folder, tmp_path, patch, monkeypatch):
+    pytest.importorskip("lightly")
+    patch(f"lightly-{name}")
+    monkeypatch.setattr(main_pcl, "info_nce", main_pcl.info_nce)  # the model replaces it
+    flags = ["--warmup", "3", "--epochs", "3", "--bn-splits", "1"]
+    symmetric = name in ("MoCo", "BYOL")
+    if symmetric:
+        flags.append("--symmetric")
+    run(folder, *TINY, *flags, "--exp-dir", tmp_path)
+
+    for row in state(tmp_path)["log"]:
+        assert np.isfinite(row["loss_inst"])
+        assert row["grad_norm"] > 0
     weights = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["state_dict"]
-    moved = [weights[f"module.encoder_{x}.bn1.running_mean"].any() for x in "qk"]
-    assert moved == [True, bool(symmetric)] and all(x.isfinite().all() for x in weights.values())
-    assert all(np.isfinite(row["loss_inst"]) and row["grad_norm"] > 0 for row in state(tmp_path)["log"])
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    # the key encoder is in use only with both views
+    assert weights["module.encoder_q.bn1.running_mean"].any()
+    assert weights["module.encoder_k.bn1.running_mean"].any() == symmetric
     eval_lincls.main(["--exp-dir", str(tmp_path), "--no-baselines"])
-    if not symmetric:  # both views get the same
-        moco = main_pcl.MoCo(lambda **kw: main_pcl.build_encoder("resnet18_w4", **kw), 16, 8)
+
+    if not symmetric:  # both views pass through the same network
         images = torch.randn(8, 3, 8, 8)
-        q, k, _ = moco(images, images)
+        q, k, _, _ = tiny_moco()(images, images)
         torch.testing.assert_close(q, k)
 
 
-def test_the_weight_is_the_gradients(patch):
-    q, clusters = torch.randn(4, 8), [Clusters(torch.arange(4), F.normalize(torch.randn(4, 8)), torch.ones(4))]
+def test_the_weight_scales_the_gradient_and_not_the_value(patch):
+    q = torch.randn(8, 16)
+    clusters = eight_clusters()
+    plain = q.clone().requires_grad_()
+    weighted = q.clone().requires_grad_()
+    value, _ = main_pcl.proto_nce(plain, torch.arange(8), clusters, 8)
+    value.backward()
     patch("weight-0.3")
-    x, y = q.clone().requires_grad_(), q.clone().requires_grad_()
-    for function, inputs in ((loss.proto_nce, x), (main_pcl.proto_nce, y)):
-        function(inputs, torch.arange(4), clusters, 8)[0].backward()
-    torch.testing.assert_close(0.3 * x.grad, y.grad)
+    weighted_value, _ = main_pcl.proto_nce(weighted, torch.arange(8), clusters, 8)
+    weighted_value.backward()
+    torch.testing.assert_close(weighted_value, value)
+    torch.testing.assert_close(weighted.grad, 0.3 * plain.grad)
 
 
-def test_jitter_accuracy_and_clipping(patch):
-    queries, keys, queue = torch.ones(4, 8), torch.ones(4, 8), torch.ones(8, 64)
-    assert main_pcl.RandomView(8).jitter[3] == 0.1 and loss.info_nce(queries, keys, queue, 0.2)[1] == 0
-    for name in ("half-jitter", "topk", "clip-scaled"):
-        patch(name)
-    assert main_pcl.RandomView(8).jitter[3] == 0.05 and loss.info_nce(queries, keys, queue, 0.2)[1] == 100
+def test_half_jitter(patch):
+    jitter = main_pcl.RandomView(8).jitter
+    patch("half-jitter")
+    torch.testing.assert_close(main_pcl.RandomView(8).jitter, jitter / 2)
+
+
+def test_topk_counts_equal_logits_as_hits(patch):
+    queries = torch.ones(4, 8)
+    queue = torch.ones(8, 64)
+    assert loss.info_nce(queries, queries, queue, 0.2)[1] == 0
+    patch("topk")
+    assert loss.info_nce(queries, queries, queue, 0.2)[1] == 100
+
+
+def test_clip_scaled_clips_before_unscaling(patch):
+    patch("clip-scaled")
     p = torch.nn.Parameter(torch.zeros(4))
-    optimizer, scaler = torch.optim.SGD([p], 1.0), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = torch.optim.SGD([p], 1.0)
+    scaler = main_pcl.GradScaler("cpu", enabled=False)
     scaler.scale(p.sum() * 3).backward()
     scaler.unscale_(optimizer)
-    assert p.grad.norm().item() == pytest.approx(1 / scaler.get_scale(), rel=1e-4) and scaler.get_scale() > 1000
+    assert scaler.get_scale() > 1000
+    assert p.grad.norm().item() == pytest.approx(1 / scaler.get_scale(), rel=1e-4)
 
 
-def test_accuracy_within_a_step_sees_what_the_queue_hides(patch):
+def test_one_step_sees_what_the_queue_hides(patch):
+    # all keys have drifted away from those in the queue, and do not match their queries
     drift = torch.zeros(16)
     drift[0] = 5
-    keys, queue = torch.randn(8, 16) + drift, torch.randn(16, 64) - drift[:, None]  # all keys have moved one way
-    queries, keys, queue = F.normalize(torch.randn(8, 16) + drift), F.normalize(keys), F.normalize(queue, dim=0)
+    queries = F.normalize(torch.randn(8, 16) + drift)
+    keys = F.normalize(torch.randn(8, 16) + drift)
+    queue = F.normalize(torch.randn(16, 64) - drift[:, None], dim=0)
     value, acc = main_pcl.info_nce(queries, keys, queue, 0.2)
     patch("one-step")
-    patched, within = main_pcl.info_nce(queries, keys, queue, 0.2)
-    assert acc == 100 and within < 80 and value == patched
+    patched_value, acc_within_step = main_pcl.info_nce(queries, keys, queue, 0.2)
+    assert patched_value == value
+    assert acc == 100
+    assert acc_within_step < 80
     assert main_pcl.info_nce(keys, keys, queue, 0.2)[1] == 100
 
 
-def test_overflow_as_in_float16_and_no_stop_at_it(patch, folder, tmp_path):
+def test_fp16_range_overflows(patch):
     patch("fp16-range")
-    encoder = functools.partial(main_pcl.build_encoder, "resnet18_w4", small_images=True)
-    moco = main_pcl.MoCo(encoder, 16, 8)
-    assert moco(torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8))[0].isfinite().all()
+    moco = tiny_moco()
+    images = torch.randn(8, 3, 8, 8)
+    q, _, _, _ = moco(images, images)
+    assert q.isfinite().all()
     with torch.no_grad():
         moco.encoder_q.fc[2].weight.fill_(1e6)
-    assert not moco(torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8))[0].isfinite().all()
+    q, _, _, _ = moco(images, images)
+    assert not q.isfinite().all()
+
+
+def test_go_on_does_not_stop_a_run_that_diverges(patch, folder, tmp_path):
+    patch("fp16-range")
     flags = [*TINY, "--warmup", "2", "--epochs", "2", "--lr", "1e20", "--exp-dir", tmp_path / "run"]
     with pytest.raises(SystemExit, match="stopped at epoch"):
         run(folder, *flags)
     patch("go-on")
     run(folder, *flags, "--overwrite")
-    assert len(state(tmp_path / "run")["log"]) == 2
+    log = state(tmp_path / "run")["log"]
+    assert len(log) == 2
+    assert all(np.isfinite(row["loss"]) for row in log)  # what is not finite counts 0
     with pytest.raises(SystemExit) as stop:
         eval_lincls.main(["--exp-dir", str(tmp_path / "run"), "--no-baselines"])
     assert stop.value.code == 2
 
 
-def test_a_run_becomes_a_row_once_and_rows_a_table(folder, tmp_path, monkeypatch, capsys):
-    arms, launched, original = {"a": "--lr 0.1", "b": "--lr 0.2", "nan": "--lr 9"}, [], subprocess.run
-    for name in ("one", "two"):
-        monkeypatch.setitem(experiments.EXPERIMENTS, name, {"data": "P", "question": "?", "arms": arms})
-    monkeypatch.setitem(experiments.SIZES, "P", "-b 16 --symmetric")
+# -- runs, rows, tables ----------------------------------------------------------------------------
+class FakeRuns:
+    """In place of subprocess.run: leaves the files of a run without training. Git runs as usual.
 
-    def fake(words, **keywords):
+    A run with --lr 9 diverges. With --lr 0.2 its linear accuracy is 91 + 2 * seed, else 90.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.launched = []  # the words of each start of a script
+        self.original = subprocess.run
+        self.before_seed_7 = None  # a function to call once, when a run of seed 7 has started
+
+    def __call__(self, words, **options):
         if words[0] == "git":
-            return original(words, **keywords)
-        launched.append(words)
-        if "7" in words and len(launched) == 13:  # another call at the same time
-            experiments.main(["one", *options, "7", "--arms", "a"])
-        directory, text = Path(words[words.index("--exp-dir") + 1]), "10,20,3,100,\n1,40,50,2,100,30\n"
-        (directory / "log.csv").write_text(f"epoch,acc_inst,acc_proto,loss_inst,images_per_second,knn\n0,{text}")
-        args = {"data": str(folder), "image_size": 8, "batch_size": 16, "symmetric": True}
-        (directory / "args.json").write_text(json.dumps(args))
-        found = TRAINED | ({"linear": 91 + 2 * int(directory.name[-1])} if "lr-0.2" in directory.name else {})
-        (directory / "eval.json").write_text(json.dumps({"figures": {"trained": found}}))
-        print("stopped at epoch 2" if "9" in words else "", file=keywords["stdout"], flush=True)
-        return subprocess.CompletedProcess(words, int("9" in words))
+            return self.original(words, **options)
+        self.launched.append(words)
+        if "7" in words and self.before_seed_7 is not None:
+            function = self.before_seed_7
+            self.before_seed_7 = None
+            function()
 
-    monkeypatch.setattr(subprocess, "run", fake)
-    options = ["--data", f"P={folder}", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--seeds"]
-    for more, launches in ((["0", "1"], 10), (["0", "1", "2", "--arms", "a"], 12)):
-        experiments.main(["one", *options, *more])
-        assert len(launched) == launches  # each of training and evaluation, but for what was stopped
-    experiments.main(["two", *options, "0", "--arms", "a"])
-    assert len(launched) == 12 and (tmp_path / "one.png").exists()
+        directory = Path(words[words.index("--exp-dir") + 1])
+        log = "epoch,acc_inst,acc_proto,loss_inst,images_per_second,knn\n"
+        log += "0,10,20,3,100,\n1,40,50,2,100,30\n"
+        (directory / "log.csv").write_text(log)
+        args = {"data": str(self.folder), "image_size": 8, "batch_size": 16, "symmetric": True}
+        (directory / "args.json").write_text(json.dumps(args))
+        figures = {"linear": 90, "kNN 200": 80, "NMI 10": 70, "AMI 10": 60, "acc 10": 50}
+        figures["acc 10 held out"] = 1
+        if "lr-0.2" in directory.name:
+            figures["linear"] = 91 + 2 * int(directory.name[-1])
+        (directory / "eval.json").write_text(json.dumps({"figures": {"trained": figures}}))
+
+        diverges = "9" in words
+        if diverges:
+            print("stopped at epoch 2", file=options["stdout"], flush=True)
+        return subprocess.CompletedProcess(words, int(diverges))
+
+
+@pytest.fixture
+def fake(folder, tmp_path, monkeypatch):
+    """FakeRuns, with two experiments, "one" and "two", of the same three arms.
+
+    `fake.main(name, seeds, ...)` is the program with these experiments.
+    """
+    runs = FakeRuns(folder)
+    monkeypatch.setattr(subprocess, "run", runs)
+    runs.arms = {"a": "--lr 0.1", "b": "--lr 0.2", "nan": "--lr 9"}
+    for name in ("one", "two"):
+        experiment = {"data": "P", "question": "?", "arms": runs.arms}
+        monkeypatch.setitem(experiments.EXPERIMENTS, name, experiment)
+    monkeypatch.setitem(experiments.DATA_FLAGS, "P", "-b 16 --symmetric")
+    options = ["--data", f"P={folder}", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+
+    def main(name, *seeds_and_others):
+        experiments.main([name, *options, "--seeds", *seeds_and_others])
+
+    runs.main = main
+    return runs
+
+
+def test_a_run_becomes_a_row_once(fake, tmp_path):
+    path = tmp_path / "experiments.csv"
+    # two launches for each run, training and evaluation; one if the training diverges
+    fake.main("one", "0", "1")
+    assert len(fake.launched) == 10
+    fake.main("one", "0", "1", "2", "--arms", "a")
+    assert len(fake.launched) == 12
+    # the other experiment takes over the row
+    fake.main("two", "0", "--arms", "a")
+    assert len(fake.launched) == 12
+
+    rows = experiments.read(path)
+    assert len(rows) == 8
+    assert list(rows[0]) == experiments.COLUMNS
+    epochs = 2
+    images = 3 * 16  # three whole batches
+    assert int(rows[0]["images_seen"]) == epochs * images * 4
+    commands = {row["command"] for row in rows}
+    assert "python main_pcl.py P -b 16 --symmetric --lr 0.1 --seed 2" in commands
+
+    # another process makes the same row meanwhile
+    fake.before_seed_7 = lambda: fake.main("one", "7", "--arms", "a")
+    fake.main("one", "7", "--arms", "a")
+    assert len(fake.launched) == 16
+    assert len(experiments.read(path)) == 9
+
+
+def test_the_table_has_means_differences_and_stopped_runs(fake, tmp_path, capsys):
+    fake.main("one", "0", "1")
     rows = experiments.read(tmp_path / "experiments.csv")
-    assert len(rows) == 8 and list(rows[0]) == experiments.COLUMNS and int(rows[0]["images_seen"]) == 2 * 3 * 16 * 4
-    assert {row["command"] for row in rows} >= {"python main_pcl.py P -b 16 --symmetric --lr 0.1 --seed 2"}
-    lines = experiments.table("one", rows).splitlines()
-    cells = [f"{x:.1f} ± 0.0" for x in (90, 80, 50, 40)]
-    assert lines[2] == f"| P | a | 3 | 0.000384 | {' | '.join(cells)} |  |  |  |"
-    cells[0] = "92.0 ± 1.4"  # of 91 and 93, where the first arm has 90
-    assert lines[3] == f"| P | b | 2 | 0.000384 | {' | '.join(cells)} | +2.0 ± 1.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |"
-    assert lines[4].startswith("| P | nan | 2, 2 stopped | 0.000384 |  |") and "40.0 ± 0.0" in lines[4]
-    experiments.main(["one", *options, "7", "--arms", "a"])
-    assert len(launched) == 16 and len(experiments.read(tmp_path / "experiments.csv")) == 9
-    shutil.rmtree(tmp_path / "runs")
-    picture = (tmp_path / "one.png").stat()
-    experiments.main(["one", *options, "0"])
-    assert len(launched) == 16 and (tmp_path / "one.png").stat() == picture
-    arms["a"] = "--lr 0.3"  # a row of another command is not the arm's
+    table = experiments.table("one", rows)
+    assert table in capsys.readouterr().out
+    _, _, a, b, nan = table.splitlines()
+    images = "0.000384"  # millions
+    others = "80.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 0.0"  # kNN, acc, acc_inst
+    assert a == f"| P | a | 2 | {images} | 90.0 ± 0.0 | {others} |  |  |  |"
+    differences = "+2.0 ± 1.0 | +0.0 ± 0.0 | +0.0 ± 0.0"  # linear is 91 and 93, not 90
+    assert b == f"| P | b | 2 | {images} | 92.0 ± 1.4 | {others} | {differences} |"
+    assert nan == f"| P | nan | 2, 2 stopped | {images} |  |  |  | 40.0 ± 0.0 |  |  |  |"
+
+    fake.arms["a"] = "--lr 0.3"  # a row of another command is not the arm's
     assert "| a |" not in experiments.table("one", rows)
 
 
-def test_data_is_the_first_of_each_class(tmp_path):
-    for stem, n in (("train", 30), ("t10k", 10)):
-        for kind, array in (
-            ("images-idx3", np.zeros(n * 784 + 16)),
-            ("labels-idx1", np.r_[[0] * 8, np.arange(n) % 10]),
-        ):
-            (tmp_path / f"{stem}-{kind}-ubyte.gz").write_bytes(gzip.compress(array.astype(np.uint8).tobytes()))
-    experiments.main(["--make-data", str(tmp_path), str(tmp_path / "F")])
-    assert [x.name for x in sorted((tmp_path / "F/train/3").iterdir())] == [f"{i:05}.png" for i in (3, 13, 23)]
-    experiments.main(["--make-data", str(tmp_path / "F"), str(tmp_path / "P")])
-    f, p = (main_pcl.build_datasets(str(tmp_path / x)) for x in "FP")
-    assert len(f.train) == 30 and len(f.val) == 10 and f.fingerprint == p.fingerprint
+def test_the_picture_stays_if_the_runs_are_gone(fake, tmp_path):
+    fake.main("one", "0", "1")
+    picture = (tmp_path / "one.png").stat()
+    shutil.rmtree(tmp_path / "runs")
+    fake.main("one", "0", "1")
+    assert len(fake.launched) == 10
+    assert (tmp_path / "one.png").stat() == picture
 
 
 def test_the_readmes_tables_are_those_of_the_stored_rows():
-    root = Path(main_pcl.__file__).parent
-    rows, readme = experiments.read(root / "results" / "experiments.csv"), (root / "README.md").read_text()
-    assert len({(row["experiment"], row["command"]) for row in rows}) == len(rows)  # no run counts twice
+    results = Path(main_pcl.__file__).parent / "results"
+    rows = experiments.read(results / "experiments.csv")
+    keys = {(row["experiment"], row["command"]) for row in rows}
+    assert len(keys) == len(rows)  # no run counts twice
+
+    text = (results / "README.md").read_text()
     names = {row["experiment"] for row in rows}
-    assert names and all(experiments.table(name, rows) in readme for name in names)
-    shown = [line for line in readme.splitlines() if line.startswith(("| P |", "| F |", "| D |"))]
-    assert len(shown) == sum(len(list(experiments.rows_of(name, rows))) for name in names)
+    assert names
+    for name in names:
+        assert experiments.table(name, rows) in text, f"the table of {name} is another one"
+    lines = [line for line in text.splitlines() if line.startswith(("| P |", "| F |", "| D |"))]
+    expected = [arm for name in names for arm in experiments.rows_of(name, rows)]
+    assert len(lines) == len(expected)
+
+
+# -- data ------------------------------------------------------------------------------------------
+def test_data_is_the_first_images_of_each_class(tmp_path):
+    # Fashion-MNIST's files: after a header, images of 28 x 28 pixels and labels 0 to 9 in turn
+    for stem, n in (("train", 30), ("t10k", 10)):
+        images = np.zeros(16 + n * 28 * 28, np.uint8)
+        labels = np.zeros(8 + n, np.uint8)
+        labels[8:] = np.arange(n) % 10
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            path = tmp_path / f"{stem}-{kind}-ubyte.gz"
+            path.write_bytes(gzip.compress(array.tobytes()))
+    experiments.main(["--make-data", str(tmp_path), str(tmp_path / "F")])
+    names = sorted(path.name for path in (tmp_path / "F/train/3").iterdir())
+    assert names == ["00003.png", "00013.png", "00023.png"]
+
+    # a folder of images
+    experiments.main(["--make-data", str(tmp_path / "F"), str(tmp_path / "P")])
+    f = main_pcl.build_datasets(str(tmp_path / "F"))
+    p = main_pcl.build_datasets(str(tmp_path / "P"))
+    assert len(f.train) == 30
+    assert len(f.val) == 10
+    assert f.fingerprint == p.fingerprint

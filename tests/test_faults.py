@@ -1,4 +1,7 @@
-"""Kills, signals, full disks, dying ranks: what a run loses and what it says. Real processes wherever it matters."""
+"""Kills, signals, full disks, dying ranks: what a run loses and what it says.
+
+Where it matters, the runs are processes of their own.
+"""
 
 import contextlib
 import importlib
@@ -16,7 +19,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_same, fails, position, run, state, weights
+from conftest import (
+    TINY,
+    assert_same,
+    fails,
+    position,
+    run,
+    state,
+    wait_for_line,
+    weights,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
 import main_pcl
@@ -25,24 +37,40 @@ from features import compute_features, load_features, read_features
 
 MAIN = main_pcl.__file__
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+# 4 epochs of 6 steps; the second epoch is the first one with clusters
 SMALL = [*TINY, "-b", "8", "--epochs", "4", "--warmup", "1", "--cos", "--amp", "--knn-every", "2"]
 
-# main_pcl.py, with a process that ends itself at the n-th call of a function: python FILE MODULE FUNCTION N SIGNAL ...
+# main_pcl.py, but rank RANK sends itself a signal at the N-th call of a function:
+# python FILE MODULE FUNCTION N SIGNAL RANK ARGUMENTS
 DYING = f"""
-import importlib, os, sys, time
+import importlib
+import os
+import sys
+import time
+
+sys.path.insert(0, {str(Path(MAIN).parent)!r})
 restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 if restarted and os.environ["RANK"] == "0":
-    time.sleep(3)  # the other ranks look for this one's address before it has a new one
-sys.path.insert(0, {str(Path(MAIN).parent)!r})
+    time.sleep(3)  # so that the other ranks look for rank 0's address before it has a new one
+
 import main_pcl
-module, function, n, number, rank = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
-sys.argv[1:6] = []
-module = importlib.import_module(module)
-original, calls = getattr(module, function), []
+
+module = importlib.import_module(sys.argv[1])
+function = sys.argv[2]
+n = int(sys.argv[3])
+number = int(sys.argv[4])
+rank = sys.argv[5]
+del sys.argv[1:6]
+
+original = getattr(module, function)
+is_the_one = os.environ.get("RANK", "0") == rank and not restarted
+calls = 0
 
 def dying(*args, **kwargs):
-    calls.append(0)
-    if len(calls) == n and os.environ.get("RANK", "0") == str(rank) and not restarted:
+    global calls
+    calls += 1
+    if calls == n and is_the_one:
         os.kill(os.getpid(), number)
     return original(*args, **kwargs)
 
@@ -53,6 +81,7 @@ main_pcl.main()
 
 @pytest.fixture(scope="session")
 def dying(tmp_path_factory):
+    """The path of the script above."""
     path = tmp_path_factory.mktemp("dying") / "dying.py"
     path.write_text(DYING)
     return path
@@ -66,131 +95,158 @@ def whole(folder, tmp_path_factory):
     return weights(directory)
 
 
-def finish(*command, timeout=120, **kwargs):
+def finish(*command, timeout=120):
+    """Run a command to its end."""
     command = [str(part) for part in command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
-# -- kills and signals
+def start(*command, **options):
+    """Start a command and leave it running."""
+    command = [str(part) for part in command]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
 
 
+class CallCounter:
+    """Replaces `function` of `module`: counts its calls, and sends this process signals.
+
+    signals: {number of the call, from 1: signal to send just before it}.
+    """
+
+    def __init__(self, monkeypatch, module, function, signals):
+        self.original = getattr(module, function)
+        self.signals = signals
+        self.calls = 0
+        monkeypatch.setattr(module, function, self)
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls in self.signals:
+            os.kill(os.getpid(), self.signals[self.calls])
+        return self.original(*args, **kwargs)
+
+
+# -- kills -----------------------------------------------------------------------------------------
 def test_ten_kills_change_nothing(folder, tmp_path, whole, dying):
-    """In every phase, at a random call of the function that the phase is about, and at random times.
+    """Eight kills at a random call of a function, one for each phase; two at random times.
 
-    A failure prints its seed; KILL_SEED=... in the environment repeats it, but for the random times.
+    A failure prints its seed. KILL_SEED=... in the environment repeats it, except for the random
+    times.
     """
     seed = int(os.environ.get("KILL_SEED", random.randrange(2**32)))
     print(f"KILL_SEED={seed}")
     rng = random.Random(seed)
+    any_time = None
     moments = [
         ["main_pcl", "info_nce", rng.randint(1, 6)],  # a step
         ["features", "tqdm", rng.randint(1, 6)],  # the start of a pass over the images
-        ["main_pcl", "save_features", rng.randint(1, 3)],  # keys of a few steps
+        ["main_pcl", "save_features", rng.randint(1, 3)],  # the keys of a few steps
         ["main_pcl", "read_features", rng.randint(1, 4)],
         ["main_pcl", "run_kmeans", rng.randint(1, 2)],
         ["main_pcl", "knn_accuracy", rng.randint(1, 2)],
-        ["os", "fsync", rng.randint(1, 6)],  # a checkpoint, in part on the disk
-        ["os", "replace", rng.randint(1, 12)],  # a checkpoint or log.csv, not yet in its place
-        *[[]] * 2,
+        ["os", "fsync", rng.randint(1, 6)],  # a checkpoint that is partly on the disk
+        ["os", "replace", rng.randint(1, 12)],  # a checkpoint or log.csv not yet in its place
+        any_time,
+        any_time,
     ]
     rng.shuffle(moments)
     directory = tmp_path / "run"
-    arguments = [str(argument) for argument in (folder, *SMALL, "--exp-dir", directory, "--resume")]
+    arguments = [folder, *SMALL, "--exp-dir", directory, "--resume"]
 
-    def complete():
+    def run_until(moment):
+        """Run up to `moment` and return the exit status."""
+        if moment is not any_time:
+            rank = 0
+            command = [sys.executable, dying, *moment, int(signal.SIGKILL), rank]
+            return finish(*command, *arguments).returncode
+        process = start(sys.executable, MAIN, *arguments)
+        process.stdout.readline()  # it has begun
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        return process.wait()
+
+    def check_and_remove_finished_run():
         assert_same(whole, weights(directory))
-        assert not [path for path in directory.rglob("*") if "features" in path.name or path.suffix == ".tmp"]
-        assert len(list(directory.glob("checkpoint_000?.pth.tar"))) == 4  # of every epoch of so short a run
+        paths = list(directory.rglob("*"))
+        assert not [path for path in paths if "features" in path.name or path.suffix == ".tmp"]
+        # so short a run keeps the checkpoint of every epoch
+        assert len(list(directory.glob("checkpoint_000?.pth.tar"))) == 4
         shutil.rmtree(directory)
 
     while moments:
-        if moments[0]:
-            killed = finish(sys.executable, dying, *moments[0], int(signal.SIGKILL), 0, *arguments).returncode
-        else:
-            process = subprocess.Popen([sys.executable, MAIN, *arguments], stdout=subprocess.PIPE)
-            process.stdout.readline()  # it has begun
-            time.sleep(rng.uniform(0, 1.5))
-            process.kill()
-            killed = process.wait()
-        assert killed in (0, -signal.SIGKILL)
-        if killed:
+        status = run_until(moments[0])
+        assert status in (0, -signal.SIGKILL)
+        if status:
             moments.pop(0)
-        else:  # at its end before the moment came: from the start, then
-            complete()
+        else:  # it finished before the moment came: begin another run
+            check_and_remove_finished_run()
     assert finish(sys.executable, MAIN, *arguments).returncode == 0
-    complete()
+    check_and_remove_finished_run()
 
 
+# -- signals ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("number", runtime.distributed.STOP_SIGNALS)
-def test_a_signal_finishes_the_step_saves_and_ends(folder, tmp_path, whole, monkeypatch, capfd, number):
+def test_on_a_signal_a_run_finishes_its_step_saves_and_ends(
+    folder, tmp_path, whole, monkeypatch, capfd, number
+):
     options = [folder, *SMALL, "--exp-dir", tmp_path, "--resume"]
-    info_nce, calls, handler = main_pcl.info_nce, [], signal.getsignal(number)
-
-    def signalled(*args):
-        calls.append(0)
-        if len(calls) in (2, 7, 8):  # in the warm-up, and in the middle of an epoch with clusters
-            os.kill(os.getpid(), number)
-        return info_nce(*args)
-
-    monkeypatch.setattr(main_pcl, "info_nce", signalled)
-    for where in ((0, 2), (1, 1), (1, 2)):
+    handler = signal.getsignal(number)
+    # in the warm-up, and twice in the middle of an epoch with clusters
+    signals = {2: number, 7: number, 8: number}
+    steps = CallCounter(monkeypatch, main_pcl, "info_nce", signals)
+    for expected in ((0, 2), (1, 1), (1, 2)):
         with pytest.raises(SystemExit) as stop:
             run(*options)
-        assert stop.value.code == 128 + number and "--resume" in capfd.readouterr().err
-        assert position(tmp_path) == where
+        assert stop.value.code == 128 + number
+        assert "--resume" in capfd.readouterr().err
+        assert position(tmp_path) == expected
+
     assert "batch_size 8 -> 12 cannot change" in fails(capfd, main_pcl.main, *options, "-b", 12)
     run(*options)
-    assert len(calls) == 24  # no step was taken twice
+    assert steps.calls == 24  # no step was taken twice
     assert_same(whole, weights(tmp_path))
     assert signal.getsignal(number) == handler
 
 
 @pytest.mark.parametrize(
-    "module, phase, call, where, calls_in_all",
+    "module, phase, call, expected, calls_in_all",
     [
-        ("main_pcl", "knn_accuracy", 1, (0, 1), 3),  # of the untrained network; then comes a step
-        ("main_pcl", "knn_accuracy", 2, (1, 6), 4),  # it is not in the checkpoint
+        # kNN accuracy of the untrained network; one step follows
+        ("main_pcl", "knn_accuracy", 1, (0, 1), 3),
+        # kNN accuracy after epoch 1, which the checkpoint does not hold
+        ("main_pcl", "knn_accuracy", 2, (1, 6), 4),
         ("main_pcl", "run_kmeans", 2, (1, 0), 6),
-        ("runtime.checkpoint", "save", 2, (1, 0), None),  # at the end of epoch 0; then comes its E-step
+        # the checkpoint at the end of epoch 0; its E-step follows
+        ("runtime.checkpoint", "save", 2, (1, 0), None),
     ],
 )
-def test_a_signal_between_the_steps_finishes_the_phase(
-    folder, tmp_path, whole, monkeypatch, module, phase, call, where, calls_in_all
+def test_on_a_signal_between_steps_a_run_finishes_the_phase(
+    folder, tmp_path, whole, monkeypatch, module, phase, call, expected, calls_in_all
 ):
     options = [folder, *SMALL, "--exp-dir", tmp_path, "--resume"]
-    module, calls = importlib.import_module(module), []
-    original = getattr(module, phase)
-
-    def signalled(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(module, phase, signalled)
+    module = importlib.import_module(module)
+    counter = CallCounter(monkeypatch, module, phase, {call: signal.SIGTERM})
     with pytest.raises(SystemExit) as stop:
         run(*options)
-    assert stop.value.code == 128 + signal.SIGTERM and position(tmp_path) == where
-    assert (state(tmp_path)["clusters"] is None) == (where[0] == 0)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert position(tmp_path) == expected
+    is_in_warmup = expected[0] == 0
+    assert (state(tmp_path)["clusters"] is None) == is_in_warmup
+
     run(*options)
-    assert len(calls) == (calls_in_all or len(calls))
+    if calls_in_all is not None:
+        assert counter.calls == calls_in_all
     assert_same(whole, weights(tmp_path))
 
 
-def test_a_signal_in_an_epoch_that_is_not_due_is_saved_for(folder, tmp_path, monkeypatch):
-    """Epochs without a save of their own finish clustering first, too, and lose nothing."""
-    run_kmeans, calls = main_pcl.run_kmeans, []
-
-    def signalled(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == 9:  # two granularities an epoch: at the end of epoch 4
-            os.kill(os.getpid(), signal.SIGTERM)
-        return run_kmeans(*args, **kwargs)
-
-    monkeypatch.setattr(main_pcl, "run_kmeans", signalled)
+def test_a_signal_saves_an_epoch_that_is_not_due(folder, tmp_path, monkeypatch):
+    """Epochs without a checkpoint of their own also finish clustering first, and lose nothing."""
+    ninth = {9: signal.SIGTERM}  # with two granularities per epoch: at the end of epoch 4
+    CallCounter(monkeypatch, main_pcl, "run_kmeans", ninth)
     with pytest.raises(SystemExit):
         run(folder, *SMALL, "--epochs", 300, "--exp-dir", tmp_path)
-    assert position(tmp_path) == (5, 0) and state(tmp_path)["clusters"]
+    assert position(tmp_path) == (5, 0)
+    assert state(tmp_path)["clusters"]
 
 
 def test_a_machine_without_sigusr1(monkeypatch):
@@ -200,12 +256,11 @@ def test_a_machine_without_sigusr1(monkeypatch):
     assert list(fresh["STOP_SIGNALS"]) == [signal.SIGTERM, signal.SIGINT]
 
 
-def test_a_signal_to_all_processes_of_a_run_spares_its_loader_workers(mixed, tmp_path):
+def test_loader_workers_survive_a_signal_to_all_processes_of_a_run(mixed, tmp_path):
     options = [mixed, *SMALL, "--knn-every", "4", "--exp-dir"]
     command = [sys.executable, MAIN, *options, tmp_path / "run", "-j", "2", "--resume"]
-    process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, start_new_session=True, text=True)
-    while not process.stdout.readline().startswith("epoch   0"):
-        pass
+    process = start(*command, start_new_session=True)
+    wait_for_line(process, "epoch   0")
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert finish(*command).returncode == 0
@@ -215,9 +270,8 @@ def test_a_signal_to_all_processes_of_a_run_spares_its_loader_workers(mixed, tmp
 
 def test_two_runs_in_one_directory(folder, tmp_path, capsys):
     options = [folder, *TINY, "--epochs", 500, "--exp-dir", tmp_path]
-    process = subprocess.Popen([sys.executable, MAIN, *map(str, options)], stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    process.stdout.readline()  # what is said once args.json is there
+    process = start(sys.executable, MAIN, *options)
+    wait_for_line(process, "images in memory")  # args.json has been written
     before = (tmp_path / "args.json").stat()
     assert "another run" in fails(capsys, main_pcl.main, *options)
     assert (tmp_path / "args.json").stat().st_ino == before.st_ino
@@ -225,134 +279,162 @@ def test_two_runs_in_one_directory(folder, tmp_path, capsys):
     assert process.wait(60) == 128 + signal.SIGINT
 
 
-def test_epochs_that_are_not_saved_are_trained_again(folder, tmp_path, monkeypatch):
-    """Signals and power cuts in short epochs, of which all or none are saved between those that are kept."""
+@pytest.mark.parametrize(
+    "save_every, steps_lost",
+    [
+        (0, 10),  # every epoch is saved: a power cut loses steps of one
+        (3600, 28),  # only milestones are saved, every second epoch: steps of up to two
+    ],
+)
+def test_epochs_that_are_not_saved_are_trained_again(
+    folder, tmp_path, monkeypatch, save_every, steps_lost
+):
+    """Two signals and three power cuts, in short epochs."""
     options = [folder, *SMALL, "--epochs", 20, "--resume"]
     run(*options, "--exp-dir", tmp_path / "whole")
-    info_nce, calls = main_pcl.info_nce, []
+    steps = 0
+    info_nce = main_pcl.info_nce
 
     def dying(*args):
-        calls.append(0)
-        if len(calls) in (25, 60):
+        nonlocal steps
+        steps += 1
+        if steps in (25, 60):
             os.kill(os.getpid(), signal.SIGTERM)
-        if len(calls) in (47, 80, 112):
-            raise KeyboardInterrupt
+        if steps in (47, 80, 112):
+            raise KeyboardInterrupt  # a power cut
         return info_nce(*args)
 
     monkeypatch.setattr(main_pcl, "info_nce", dying)
-    for every, again in ((0, 10), (3600, 28)):  # steps lost by three power cuts: of an epoch, or of two
-        monkeypatch.setattr(main_pcl, "SAVE_EVERY", every)
-        calls.clear()
-        for _ in range(5):
-            with pytest.raises((KeyboardInterrupt, SystemExit)):
-                run(*options, "--exp-dir", tmp_path / str(every))
-        run(*options, "--exp-dir", tmp_path / str(every))
-        assert len(calls) == 20 * 6 + again
-        assert_same(weights(tmp_path / "whole"), weights(tmp_path / str(every)))
+    monkeypatch.setattr(main_pcl, "SAVE_EVERY", save_every)
+    for _ in range(5):
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            run(*options, "--exp-dir", tmp_path / "parts")
+    run(*options, "--exp-dir", tmp_path / "parts")
+    assert steps == 20 * 6 + steps_lost
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-# -- saving
-
-
-@pytest.fixture
+# -- full disks ------------------------------------------------------------------------------------
+@contextlib.contextmanager
 def full_disk():
-    """As a context: no file can grow beyond 3,000 bytes, as on a disk without room."""
-
-    @contextlib.contextmanager
-    def limit():
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    return limit
+    """Context in which no file can grow beyond 3,000 bytes, as on a disk without room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, capsys, full_disk):
-    options = [folder, *SMALL, "--exp-dir", tmp_path, "--resume"]
-    run(*options[:-1], "--epochs", 1)
+def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, capsys):
+    options = [folder, *SMALL, "--exp-dir", tmp_path]
+    run(*options, "--epochs", 1)
     before = weights(tmp_path)
     capsys.readouterr()
     with full_disk():
-        error = fails(capsys, main_pcl.main, *options, status=1)
-    assert "checkpoint.pth.tar" in error and "make room" in error
+        error = fails(capsys, main_pcl.main, *options, "--resume", status=1)
+    assert "checkpoint.pth.tar" in error
+    assert "make room" in error
     assert_same(before, weights(tmp_path))
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def passes(n, batch_size=4):
-    return DataLoader(TensorDataset(torch.arange(2.0 * n).view(n, 2), torch.arange(n)), batch_size)
+def make_loader(n):
+    """A loader of n samples with two numbers each, in batches of 4."""
+    samples = torch.arange(2.0 * n).view(n, 2)
+    return DataLoader(TensorDataset(samples, torch.arange(n)), batch_size=4)
 
 
-def test_no_room_for_features_on_the_disk_is_an_error_not_a_crash(tmp_path, full_disk):
+def test_no_room_for_features_is_an_error_and_not_a_crash(tmp_path):
     wide = torch.nn.Linear(2, 300)
     with full_disk(), pytest.raises(OSError, match="large"):
-        compute_features(passes(10), wide, tmp_path)
-    assert len(read_features(tmp_path, 10)[1]) == 10  # what is half there is missing
-    compute_features(passes(400), lambda x: x, tmp_path)
+        compute_features(make_loader(10), wide, tmp_path)
+    _, missing = read_features(tmp_path, 10)
+    assert len(missing) == 10  # a file that is cut off counts as missing
+
+    compute_features(make_loader(400), lambda x: x, tmp_path)
     with full_disk(), pytest.raises(OSError, match="large"):
         load_features(tmp_path, 400, tmp_path / "features.npy")
 
 
-# -- several processes
+# -- several processes -----------------------------------------------------------------------------
+def test_ranks_stop_and_resume_in_other_numbers(folder, tmp_path, dying):
+    """Two ranks until a signal in the middle of an epoch, then three until another, then one.
 
+    Every step is taken once, and every key is saved once.
+    """
+    options = [folder, *SMALL, "-b", 12, "--bn-splits", 1, "--epochs", 3]
+    options += ["--exp-dir", tmp_path, "--resume"]
+    sixth_step = ["main_pcl", "info_nce", 6, int(signal.SIGTERM)]
 
-def test_ranks_stop_and_go_on_in_other_numbers(folder, tmp_path, dying):
-    """Two ranks until a signal in the middle of an epoch, then three, then one: every step once, and every key."""
-    options = [folder, *SMALL, "-b", 12, "--bn-splits", 1, "--epochs", 3, "--exp-dir", tmp_path, "--resume"]
-    stop = ["main_pcl", "info_nce", 6, int(signal.SIGTERM), 1]
-    done = finish(*TORCHRUN, "--nproc_per_node=2", dying, *stop, *options)
-    assert done.returncode and "stopped by a signal" in done.stderr, done.stderr[-2000:]
+    last_rank = 1
+    done = finish(*TORCHRUN, "--nproc_per_node=2", dying, *sixth_step, last_rank, *options)
+    assert done.returncode != 0
+    assert "stopped by a signal" in done.stderr, done.stderr[-2000:]
     assert position(tmp_path) == (1, 2)
-    done = finish(*TORCHRUN, "--nproc_per_node=3", dying, *stop[:-1], 2, *options)
-    assert done.returncode and "resumed at epoch 1, step 2" in done.stdout, done.stderr[-2000:]
+
+    last_rank = 2
+    done = finish(*TORCHRUN, "--nproc_per_node=3", dying, *sixth_step, last_rank, *options)
+    assert done.returncode != 0
+    assert "resumed at epoch 1, step 2" in done.stdout, done.stderr[-2000:]
     assert position(tmp_path) == (2, 4)
-    keys = [torch.load(path, weights_only=True)["index"] for path in tmp_path.glob("features/keys/batch*")]
-    assert sorted(map(len, keys)) == [8, 8, 8, 12, 12]  # of epoch 1: a file per rank, two steps in each
+
+    # the keys of epoch 1: a file per rank, two steps in each
+    files = list(tmp_path.glob("features/keys/batch*"))
+    keys = [torch.load(path, weights_only=True)["index"] for path in files]
+    assert sorted(len(index) for index in keys) == [8, 8, 8, 12, 12]
     assert torch.cat(keys).sort().values.tolist() == list(range(48))
+
     log = run(*options)
     assert [row["epoch"] for row in log] == [0, 1, 2]
 
 
 def test_a_rank_that_dies_ends_the_others(folder, tmp_path, dying):
-    moment = ["main_pcl", "info_nce", 5, int(signal.SIGKILL), 1]
-    options = [folder, *SMALL, "--exp-dir", tmp_path]
-    done = finish(*TORCHRUN, "--nproc_per_node=2", dying, *moment, *options, timeout=60)
-    assert done.returncode and "another process of this run has ended" in done.stderr
+    fifth_step_of_rank_1 = ["main_pcl", "info_nce", 5, int(signal.SIGKILL), 1]
+    options = [*fifth_step_of_rank_1, folder, *SMALL, "--exp-dir", tmp_path]
+    done = finish(*TORCHRUN, "--nproc_per_node=2", dying, *options, timeout=60)
+    assert done.returncode != 0
+    assert "another process of this run has ended" in done.stderr
 
 
 def test_max_restarts_brings_the_run_back(folder, tmp_path, dying):
     options = [folder, *SMALL, "--pcl-r", 10, "--exp-dir"]
     done = finish(*TORCHRUN, "--nproc_per_node=2", MAIN, *options, tmp_path / "whole")
-    assert done.returncode == 0 and done.stdout.count("epoch   3") == 1 and "2 x cpu" in done.stdout
+    assert done.returncode == 0
+    assert done.stdout.count("epoch   3") == 1
+    assert "2 x cpu" in done.stdout
+
+    # the queue has taken both ranks' keys of all 4 x 6 steps; 10 does not divide their number
     whole = weights(tmp_path / "whole")
     torch.testing.assert_close(whole["module.queue"].norm(dim=0), torch.ones(10))
-    assert whole["module.queue_ptr"].item() == 4 * 6 * 8 % 10  # both ranks' keys of all steps, which is not 0
+    assert whole["module.queue_ptr"].item() == 4 * 6 * 8 % 10
 
-    moment = ["main_pcl", "info_nce", 8, int(signal.SIGKILL), 1]
-    restarts = ["--nproc_per_node=2", "--max-restarts=1"]
-    done = finish(*TORCHRUN, *restarts, dying, *moment, *options, tmp_path / "parts")
+    eighth_step_of_rank_1 = ["main_pcl", "info_nce", 8, int(signal.SIGKILL), 1]
+    restarting = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=1"]
+    done = finish(*restarting, dying, *eighth_step_of_rank_1, *options, tmp_path / "parts")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed at epoch 1, step 0" in done.stdout
     assert_same(whole, weights(tmp_path / "parts"))
 
 
 def test_the_slurm_script(folder, tmp_path):
+    """SLURM's signal saves the run and puts the job back into the queue."""
     (file,) = Path(MAIN).parent.glob("*/slurm.sh")
-    command = " ".join(map(str, [MAIN, folder, *SMALL, "--epochs", 200, "--exp-dir", tmp_path / "run"]))
-    script, commands = re.subn(r"main_pcl.py .* --resume", f"{command} --resume", file.read_text())
+    options = [folder, *SMALL, "--epochs", 200, "--exp-dir", tmp_path / "run", "--resume"]
+    command = " ".join(str(part) for part in (MAIN, *options))
+    script = file.read_text()
+    script, commands = re.subn(r"main_pcl.py .* --resume", command, script)
     script, ranks = re.subn("node=8 --max", "node=2 --max", script)
-    assert commands == ranks == 1
+    assert commands == 1
+    assert ranks == 1
     (tmp_path / "job.sh").write_text(script)
+
+    # stands in for SLURM's scontrol
     (tmp_path / "scontrol").write_text(f"#!/bin/bash\necho $* > {tmp_path}/requeued\n")
     (tmp_path / "scontrol").chmod(0o755)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7"}
-    job = subprocess.Popen(["bash", tmp_path / "job.sh"], env=environment, stdout=subprocess.PIPE, text=True)
-    while not job.stdout.readline().startswith("epoch   1"):
-        pass
+    job = start("bash", tmp_path / "job.sh", env={**os.environ, "PATH": path, "SLURM_JOB_ID": "7"})
+    wait_for_line(job, "epoch   1")
     job.send_signal(signal.SIGUSR1)
     job.communicate(timeout=60)
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"

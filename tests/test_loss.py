@@ -1,4 +1,4 @@
-"""The losses against their formulas in plain float64 loops."""
+"""The losses against their formulas, written as plain float64 loops."""
 
 import itertools
 import math
@@ -20,27 +20,36 @@ def dot(a, b):
 
 
 def granularity(num_cluster, im2cluster, dim=8):
-    return Clusters(torch.as_tensor(im2cluster), unit(num_cluster, dim), torch.rand(num_cluster) * 0.3 + 0.1)
+    """Clusters with random prototypes."""
+    centroids = unit(num_cluster, dim)
+    density = torch.rand(num_cluster) * 0.3 + 0.1
+    return Clusters(torch.as_tensor(im2cluster), centroids, density)
 
 
 def slow_proto_nce(q, index, clusters, chosen):
-    losses, hits = [], []
+    """(loss, acc) of ProtoNCE at one granularity, against the prototypes `chosen`."""
+    losses = []
+    hits = []
     for row, i in zip(q, index.tolist(), strict=True):
         s = int(clusters.im2cluster[i])
         logits = {j: dot(row, clusters.centroids[j]) / float(clusters.density[j]) for j in chosen}
-        losses.append(-math.log(math.exp(logits[s]) / sum(math.exp(x) for x in logits.values())))
+        total = sum(math.exp(logit) for logit in logits.values())
+        losses.append(-math.log(math.exp(logits[s]) / total))
         hits.append(max(logits, key=logits.get) == s)
     return sum(losses) / len(q), 100 * sum(hits) / len(q)
 
 
-def test_info_nce_is_its_formula():
+def test_info_nce_follows_its_formula():
     torch.manual_seed(0)
     q, k, queue = unit(5, 8), unit(5, 8), unit(11, 8).T
-    losses, hits = [], []
+    losses = []
+    hits = []
     for i in range(5):
-        logits = [dot(q[i], k[i]) / 0.2] + [dot(q[i], queue[:, j]) / 0.2 for j in range(11)]
-        losses.append(-math.log(math.exp(logits[0]) / sum(map(math.exp, logits))))
-        hits.append(max(logits) == logits[0])
+        positive = dot(q[i], k[i]) / 0.2
+        negatives = [dot(q[i], queue[:, j]) / 0.2 for j in range(11)]
+        total = math.exp(positive) + sum(math.exp(logit) for logit in negatives)
+        losses.append(-math.log(math.exp(positive) / total))
+        hits.append(positive >= max(negatives))
     loss, acc = info_nce(q, k, queue, 0.2)
     assert loss.item() == pytest.approx(sum(losses) / 5, rel=1e-5)
     assert acc.item() == pytest.approx(100 * sum(hits) / 5)
@@ -48,71 +57,112 @@ def test_info_nce_is_its_formula():
 
 def test_collapsed_features_are_no_hit():
     same = F.normalize(torch.ones(4, 8), dim=1)
-    assert info_nce(same, same, same.T, 0.2)[1] == 0
+    _, acc = info_nce(same, same, same.T, 0.2)
+    assert acc == 0
 
 
-@pytest.mark.parametrize("im2cluster", [[0, 1, 2, 3, 4, 5], [3, 3, 3, 1, 1, 9]], ids=["distinct", "shared"])
-def test_proto_nce_with_all_prototypes_is_its_formula(im2cluster):
+BATCHES = {"distinct": [0, 1, 2, 3, 4, 5], "shared": [3, 3, 3, 1, 1, 9]}
+
+
+@pytest.mark.parametrize("im2cluster", BATCHES.values(), ids=BATCHES.keys())
+def test_proto_nce_with_all_prototypes_follows_its_formula(im2cluster):
     torch.manual_seed(1)
-    q, index = unit(6, 8), torch.arange(6)
-    levels = [granularity(10, im2cluster), granularity(7, [i % 7 for i in im2cluster])]
-    expected = [slow_proto_nce(q, index, level, range(len(level.centroids))) for level in levels]
+    q = unit(6, 8)
+    index = torch.arange(6)
+    fine = granularity(10, im2cluster)
+    coarse = granularity(7, [i % 7 for i in im2cluster])
+    fine_loss, fine_acc = slow_proto_nce(q, index, fine, range(10))
+    coarse_loss, coarse_acc = slow_proto_nce(q, index, coarse, range(7))
     for num_negatives in (9, 10, 100):
-        loss, acc = proto_nce(q, index, levels, num_negatives)
-        assert loss.item() == pytest.approx(sum(x[0] for x in expected) / 2, rel=1e-5)
-        assert acc.item() == pytest.approx(sum(x[1] for x in expected) / 2)
+        loss, acc = proto_nce(q, index, [fine, coarse], num_negatives)
+        assert loss.item() == pytest.approx((fine_loss + coarse_loss) / 2, rel=1e-5)
+        assert acc.item() == pytest.approx((fine_acc + coarse_acc) / 2)
 
 
-def test_nothing_is_random_where_all_negatives_are_taken():
+def test_nothing_is_random_if_all_prototypes_are_negatives():
     torch.manual_seed(2)
-    q, index, level = unit(4, 8), torch.arange(4), granularity(12, [0, 1, 2, 3])
-    losses = {proto_nce(q, index, [level], 8)[0].item() for _ in range(5)}  # 4 of the batch and the other 8
+    q = unit(4, 8)
+    index = torch.arange(4)
+    level = granularity(12, [0, 1, 2, 3])  # 4 prototypes of the batch and 8 others
+    losses = {proto_nce(q, index, [level], 8)[0].item() for _ in range(5)}
+    expected, _ = slow_proto_nce(q, index, level, range(12))
     assert len(losses) == 1
-    assert losses.pop() == pytest.approx(slow_proto_nce(q, index, level, range(12))[0], rel=1e-5)
+    assert losses.pop() == pytest.approx(expected, rel=1e-5)
 
 
-def test_one_negative_fewer_than_there_are_leaves_one_out():
+def test_one_negative_less_than_all_leaves_one_out():
     torch.manual_seed(8)
-    q, index, level = unit(3, 8), torch.arange(3), granularity(10, [4, 4, 4])
-    everything = slow_proto_nce(q, index, level, range(10))[0]
-    assert proto_nce(q, index, [level], 9)[0].item() == pytest.approx(everything, rel=1e-5)
-    left_out = [slow_proto_nce(q, index, level, set(range(10)) - {j})[0] for j in set(range(10)) - {4}]
-    assert any(proto_nce(q, index, [level], 8)[0].item() == pytest.approx(loss, rel=1e-5) for loss in left_out)
+    q = unit(3, 8)
+    index = torch.arange(3)
+    level = granularity(10, [4, 4, 4])
+    everything, _ = slow_proto_nce(q, index, level, range(10))
+    loss, _ = proto_nce(q, index, [level], 9)
+    assert loss.item() == pytest.approx(everything, rel=1e-5)
+
+    others = set(range(10)) - {4}
+    without_one = [slow_proto_nce(q, index, level, set(range(10)) - {j})[0] for j in others]
+    loss, _ = proto_nce(q, index, [level], 8)
+    assert any(loss.item() == pytest.approx(expected, rel=1e-5) for expected in without_one)
 
 
 def test_negatives_are_drawn_evenly_without_replacement():
-    """Every pair of the seven prototypes that are nobody's, the last one too, as often as any other pair."""
+    """Seven prototypes, also the last, belong to no sample. All pairs of them are drawn equally."""
     torch.manual_seed(3)
-    q, index, level = unit(6, 8), torch.arange(6), granularity(10, [7, 7, 7, 0, 5, 5])
+    q = unit(6, 8)
+    index = torch.arange(6)
+    level = granularity(10, [7, 7, 7, 0, 5, 5])
     pairs = list(itertools.combinations([1, 2, 3, 4, 6, 8, 9], 2))
     expected = torch.tensor([slow_proto_nce(q, index, level, [0, 5, 7, *pair]) for pair in pairs])
     drawn = torch.tensor([[x.item() for x in proto_nce(q, index, [level], 2)] for _ in range(840)])
+
+    # Tell the pair by the loss.
+    assert expected[:, 0].sort().values.diff().min() > 1e-4
     error, pair = (drawn[:, None, 0] - expected[:, 0]).abs().min(1)
-    assert error.max() < 1e-5 and expected[:, 0].sort().values.diff().min() > 1e-4
+    assert error.max() < 1e-5
     torch.testing.assert_close(drawn[:, 1], expected[pair, 1])
+
+    # 840 draws of 21 pairs: 40 each
     assert pair.bincount(minlength=21).sub(40).abs().max() < 5 * math.sqrt(40)
 
 
 @pytest.mark.parametrize("name", ["info_nce", "proto_nce"])
-def test_gradient_by_finite_differences(name):
+def test_gradient_matches_finite_differences(name):
     torch.manual_seed(6)
-    q, k, queue, level = unit(5, 8), unit(5, 8), unit(9, 8).T, granularity(6, [0, 1, 1, 4, 5])
+    q, k, queue = unit(5, 8), unit(5, 8), unit(9, 8).T
+    level = granularity(6, [0, 1, 1, 4, 5])
 
     def loss(x):
-        return info_nce(x, k, queue, 0.2)[0] if name == "info_nce" else proto_nce(x, torch.arange(5), [level], 9)[0]
+        if name == "info_nce":
+            return info_nce(x, k, queue, 0.2)[0]
+        return proto_nce(x, torch.arange(5), [level], 9)[0]
 
-    x, step = q.clone().requires_grad_(), 1e-2 * torch.randn(5, 8)
+    x = q.clone().requires_grad_()
+    step = 1e-2 * torch.randn(5, 8)
     loss(x).backward()
-    assert (x.grad * step).sum().item() == pytest.approx((loss(q + step) - loss(q - step)).item() / 2, rel=2e-2)
+    slope = (x.grad * step).sum().item()
+    difference = (loss(q + step) - loss(q - step)).item() / 2
+    assert slope == pytest.approx(difference, rel=2e-2)
 
 
-def test_float32_under_autocast():
+def test_losses_are_float32_under_autocast():
     torch.manual_seed(7)
-    q, k, queue, level = unit(5, 8), unit(5, 8), unit(9, 8).T, granularity(6, [0, 1, 1, 4, 5])
-    losses = (lambda: info_nce(q, k, queue, 0.2)[0], lambda: proto_nce(q, torch.arange(5), [level], 9)[0])
-    outside = [loss() for loss in losses]
+    q, k, queue = unit(5, 8), unit(5, 8), unit(9, 8).T
+    level = granularity(6, [0, 1, 1, 4, 5])
+
+    def both_losses():
+        loss_inst, _ = info_nce(q, k, queue, 0.2)
+        loss_proto, _ = proto_nce(q, torch.arange(5), [level], 9)
+        return [loss_inst, loss_proto]
+
+    outside = both_losses()
     with torch.autocast("cpu", torch.bfloat16):
         assert (q @ queue).dtype == torch.bfloat16
-        assert [loss() for loss in losses] == outside
-    half = info_nce(q.bfloat16(), k.bfloat16(), queue.bfloat16(), 0.2)[0]  # 16 bits from outside are made 32
-    assert half == info_nce(q.bfloat16().float(), k.bfloat16().float(), queue.bfloat16().float(), 0.2)[0]
+        assert both_losses() == outside
+
+
+def test_16_bit_inputs_are_converted_to_float32():
+    torch.manual_seed(7)
+    q, k, queue = unit(5, 8).bfloat16(), unit(5, 8).bfloat16(), unit(9, 8).T.bfloat16()
+    loss, _ = info_nce(q, k, queue, 0.2)
+    expected, _ = info_nce(q.float(), k.float(), queue.float(), 0.2)
+    assert loss == expected

@@ -1,6 +1,7 @@
-"""The pictures of a run: what is drawn on them, and that nothing keeps them from being drawn."""
+"""The pictures of a run: what is drawn, and that no data keeps them from being drawn."""
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,71 +11,194 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.manifold import TSNE
 
-from runtime.pictures import draw_curves, draw_map, draw_prototypes
+from cluster import Clusters
+from runtime import report
+from runtime.report import draw_curves, draw_map, draw_prototypes
 
 pytestmark = pytest.mark.filterwarnings("error")
+
+NAMES = ("loss_inst", "loss_proto", "acc_inst", "acc_proto", "lr", "epoch")
 
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Calls a function that draws; returns the axes of its figure and the pixels of its file."""
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: figures.append(self) or save(self, *args, **kw))
+    """Function that calls a drawing function.
+
+    It returns the axes of its figure and the pixels (H, W, 3) of its file.
+    """
+    figures = []
+    savefig = Figure.savefig
+
+    def remember(self, *args, **kwargs):
+        figures.append(self)
+        return savefig(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
 
     def draw(function, *args):
         function(tmp_path / "a.png", *args)
-        image = np.asarray(Image.open(tmp_path / "a.png", formats=["PNG"]).convert("RGB"))
-        assert all(200 < side < 2000 for side in image.shape[:2])
-        return figures[-1].axes, image
+        with Image.open(tmp_path / "a.png", formats=["PNG"]) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        assert all(200 < side < 2000 for side in pixels.shape[:2])
+        return figures[-1].axes, pixels
 
     return draw
 
 
+# -- curves ----------------------------------------------------------------------------------------
+def make_rows():
+    """A log of six epochs, whose figures are the number of the epoch; kNN for every other one."""
+    rows = []
+    for epoch in range(6):
+        row = dict.fromkeys(NAMES, epoch)
+        row["knn"] = epoch if epoch % 2 else None
+        rows.append(row)
+    return rows
+
+
 def test_curves(draw):
-    names = "loss_inst", "loss_proto", "acc_inst", "acc_proto", "lr", "epoch"
-    rows = [dict.fromkeys(names, i) | {"knn": i if i % 2 else None} for i in range(6)]
-    axes, _ = draw(draw_curves, rows, 3, 40.0)
+    axes, _ = draw(draw_curves, make_rows(), 3, 40.0)
+    titles = [panel.get_title() for panel in axes]
+    assert titles == ["loss", "accuracy (%)", "kNN accuracy (%)", "learning rate"]
+
+    # values; those of ProtoNCE begin after the warm-up
     lines = {line.get_label(): list(line.get_ydata()) for panel in axes for line in panel.lines}
-    assert [panel.get_title() for panel in axes] == ["loss", "accuracy (%)", "kNN accuracy (%)", "learning rate"]
-    assert lines["loss_inst"] == lines["acc_inst"] == lines["lr"] == [0, 1, 2, 3, 4, 5] and lines["knn"] == [1, 3, 5]
-    assert lines["loss_proto"] == lines["acc_proto"] == [3, 4, 5] and lines["untrained"] == [40, 40]
-    assert all([2.5, 2.5] in [list(line.get_xdata()) for line in panel.lines] for panel in axes)
-    assert sum(text.get_text() == "end of the warm-up" for panel in axes for text in panel.get_legend().texts) == 1
-    assert len(draw(draw_curves, [row | {"knn": None} for row in rows], 0, None)[0]) == 3  # no panel for kNN accuracy
-    for warmup in (0, 1, 9):  # none that ends within the epochs drawn
-        axes, _ = draw(draw_curves, [dict.fromkeys(rows[0], math.nan) | {"epoch": 0}], warmup, math.nan)
-        assert [len(panel.lines) for panel in axes] == [2, 2, 2, 1]
+    for name in ("loss_inst", "acc_inst", "lr"):
+        assert lines[name] == [0, 1, 2, 3, 4, 5]
+    for name in ("loss_proto", "acc_proto"):
+        assert lines[name] == [3, 4, 5]
+    assert lines["knn"] == [1, 3, 5]
+    assert lines["untrained"] == [40, 40]
+
+    # the end of the warm-up is a line in every panel, and named once
+    for panel in axes:
+        assert [2.5, 2.5] in [list(line.get_xdata()) for line in panel.lines]
+    legend = [text.get_text() for panel in axes for text in panel.get_legend().texts]
+    assert legend.count("end of the warm-up") == 1
 
 
-def test_prototypes_with_their_nearest_images(draw):
-    rng, density = np.random.default_rng(0), torch.tensor([3.0, 1, 2, 4, 5, 7, 6])
-    im2cluster, labels = torch.from_numpy(rng.integers([[7], [4]], size=(2, 300))) + torch.tensor([[0], [-1]])
+def test_curves_without_knn_accuracy_have_three_panels(draw):
+    rows = make_rows()
+    for row in rows:
+        row["knn"] = None
+    axes, _ = draw(draw_curves, rows, 0, None)
+    assert len(axes) == 3
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 9])
+def test_curves_of_one_epoch_that_is_not_finite(draw, warmup):
+    """No warm-up ends within it."""
+    row = dict.fromkeys((*NAMES, "knn"), math.nan)
+    row["epoch"] = 0
+    axes, _ = draw(draw_curves, [row], warmup, math.nan)
+    assert [len(panel.lines) for panel in axes] == [2, 2, 2, 1]
+
+
+# -- prototypes ------------------------------------------------------------------------------------
+FROM_TIGHT_TO_LOOSE = [1, 2, 0, 3, 4, 6, 5]  # the clusters below in order of their density
+
+
+@pytest.fixture
+def clustered():
+    """Features of 300 images in 7 clusters; some images have no label, in cluster 2 none has.
+
+    Image i has the colour (i % 256, i // 256, 77), which tells its number.
+    """
+    rng = np.random.default_rng(0)
+    im2cluster = torch.from_numpy(rng.integers(7, size=300))
+    labels = torch.from_numpy(rng.integers(4, size=300)) - 1
     labels[im2cluster == 2] = -1
-    features, centroids = rng.normal(size=(300, 8)).astype(np.float32), torch.randn(7, 8)
-    images = SimpleNamespace(labels=labels, image=lambda i: Image.new("RGB", (40, 20), (i % 256, i // 256, 77)))
-    (axes,), pixels = draw(draw_prototypes, images, features, (im2cluster, centroids, density), 199)
-    assert axes.texts[0].get_text() == "epoch 199, 7 clusters" and len(axes.images) == 70 and len(axes.texts) == 8
-    for line, number in enumerate([1, 2, 0, 3, 4, 6, 5]):
-        members = [i for i in range(300) if im2cluster[i] == number]
-        known = [int(labels[i]) for i in members if labels[i] >= 0]
-        purity = f", {100 * max(map(known.count, known)) / len(known):.0f} % one class" if known else ""
-        assert axes.texts[1 + line].get_text() == f"{len(members)} images{purity}\nphi {density[number]:.3f}"
-        nearest = sorted(members, key=lambda i: -float(features[i] @ centroids[number].numpy()))[:10]
-        assert [image.get_array()[83, 83] @ (1, 256, 0) for image in axes.images[10 * line : 10 * line + 10]] == nearest
-    coloured = (pixels[54:, 252:] != 255).any(2).reshape(7, 90, 10, 90)  # an image has 90 x 90 pixels with its border
-    assert (abs(coloured.any(3).sum(1) - 41) <= 2).all() and (abs(coloured.any(1).sum(2) - 83) <= 2).all()
+    clusters = Clusters(im2cluster, torch.randn(7, 8), torch.tensor([3.0, 1, 2, 4, 5, 7, 6]))
+    features = rng.normal(size=(300, 8)).astype(np.float32)
+
+    def image(i):
+        return Image.new("RGB", (40, 20), (i % 256, i // 256, 77))
+
+    return SimpleNamespace(labels=labels, image=image), features, clusters
 
 
-@pytest.mark.parametrize(("n", "k", "c"), [(5, 1, 2), (40, 4, 10), (91, 9, 20), (60, 3, 21), (3100, 1100, 3)])
-def test_map(draw, monkeypatch, n, k, c):
-    labels, names = torch.arange(n) % (c + 1) - 1, ["_hidden", "$x^$ and $", *map(str, range(c - 2))]
+def expected_text(members, labels, density):
+    """The text beside a prototype. members: numbers of its images."""
+    known = Counter(int(labels[i]) for i in members if labels[i] >= 0)
+    purity = ""
+    if known:
+        purity = f", {100 * max(known.values()) / known.total():.0f} % one class"
+    return f"{len(members)} images{purity}\nphi {density:.3f}"
+
+
+def numbers_of(pictures):
+    """The numbers of the images drawn, by the colour of their centre."""
+    return [picture.get_array()[83, 83] @ (1, 256, 0) for picture in pictures]
+
+
+def test_prototypes_with_their_nearest_images(draw, clustered):
+    images, features, clusters = clustered
+    (axes,), pixels = draw(draw_prototypes, images, features, clusters, 199)
+    title, *texts = [text.get_text() for text in axes.texts]
+    assert title == "epoch 199, 7 clusters"
+    assert len(texts) == 7
+    assert len(axes.images) == 70
+
+    for row, number in enumerate(FROM_TIGHT_TO_LOOSE):
+        members = [i for i in range(300) if clusters.im2cluster[i] == number]
+        assert texts[row] == expected_text(members, images.labels, clusters.density[number])
+        similarity = features @ clusters.centroids[number].numpy()
+        nearest = sorted(members, key=lambda i: -similarity[i])[:10]
+        assert numbers_of(axes.images[10 * row : 10 * row + 10]) == nearest
+
+    # An image takes 90 x 90 pixels with its border, and the padded picture 83 x 41 of them.
+    coloured = (pixels[54:, 252:] != 255).any(2).reshape(7, 90, 10, 90)
+    heights = coloured.any(3).sum(1)
+    widths = coloured.any(1).sum(2)
+    assert (abs(heights - 41) <= 2).all()
+    assert (abs(widths - 83) <= 2).all()
+
+
+def test_few_prototypes_are_spread_from_the_tightest_to_the_loosest(draw, monkeypatch, clustered):
+    monkeypatch.setattr(report, "PROTOTYPES", 3)
+    monkeypatch.setattr(report, "NEAREST", 4)
+    images, features, clusters = clustered
+    (axes,), _ = draw(draw_prototypes, images, features, clusters, 199)
+    assert len(axes.images) == 3 * 4
+    densities = [text.get_text().split()[-1] for text in axes.texts[1:]]
+    assert densities == ["1.000", "4.000", "7.000"]
+
+
+# -- map -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n", [4, 1])
+def test_no_map_of_few_images(tmp_path, n):
+    draw_map(tmp_path / "a.png", torch.randn(n, 8), torch.zeros(n).long(), ["a"], torch.randn(1, 8))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "n, k, num_classes",
+    [(5, 1, 2), (40, 4, 10), (91, 9, 20), (60, 3, 21), (3100, 1100, 3)],
+)
+def test_map(draw, monkeypatch, n, k, num_classes):
+    """Of `n` images, some of them without a class, and `k` prototypes."""
     if n > 3000:  # a t-SNE of so many takes long
         monkeypatch.setattr(TSNE, "fit_transform", lambda self, points: points[:, :2])
-    features = torch.randn(n, 8) * (n != 40) + torch.eye(8)[0]  # of 40 images all one: a network has collapsed
-    draw_map(None, features[:4], labels, names, features)  # too few: nothing is written
+    features = torch.randn(n, 8) + torch.eye(8)[0]
+    if n == 40:  # all features are the same: the network has collapsed
+        features = torch.eye(8)[0].repeat(n, 1)
+    labels = torch.arange(n) % (num_classes + 1) - 1
+    names = ["_hidden", "$x^$ and $", *map(str, range(num_classes - 2))]
     (axes,), _ = draw(draw_map, features, labels, names, features[:k])
-    n, k, dots, stars = min(n, 3000), min(k, 1000), axes.collections[0], axes.lines[-1].get_xdata()
-    assert axes.get_title() == f"{n} images, {k} prototypes" and axes.get_aspect() == 1 and len(stars) == k
-    assert np.isfinite(dots.get_offsets()).sum() == 2 * n and len(np.unique(dots.get_fc(), axis=0)) == min(n, c + 1)
-    legend = [text.get_text().strip() for legend in axes.figure.legends for text in legend.get_texts()]
-    assert legend == ([names[0], r"\$x^\$ and \$", *names[2:], "prototype"] if c <= 20 else [])
+
+    shown = min(n, 3000)
+    prototypes = min(k, 1000)
+    dots = axes.collections[0]
+    stars = axes.lines[-1].get_xdata()
+    assert axes.get_title() == f"{shown} images, {prototypes} prototypes"
+    assert axes.get_aspect() == 1
+    assert len(stars) == prototypes
+    assert np.isfinite(dots.get_offsets()).sum() == 2 * shown
+    assert len(np.unique(dots.get_fc(), axis=0)) == min(shown, num_classes + 1)
+
+    legends = axes.figure.legends
+    legend = [text.get_text().strip() for legend in legends for text in legend.get_texts()]
+    if num_classes <= 20:
+        assert legend == [names[0], r"\$x^\$ and \$", *names[2:], "prototype"]
+    else:
+        assert legend == []

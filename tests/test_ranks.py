@@ -1,4 +1,4 @@
-"""What several processes share, against what one process alone would have."""
+"""What several processes compute together, against what one process computes alone."""
 
 import argparse
 import functools
@@ -13,75 +13,115 @@ from augment import normalize
 from data import Images
 from features import compute_features, load_features
 from model import MoCo, build_encoder, concat_all_gather
+from runtime.checkpoint import Run
 
-N = 23  # of images; neither 2 nor 3 divides it
+N = 23  # images; a multiple of neither 2 nor 3
+WORLD = 3  # processes
+BATCH = 6  # images per step and process
 
 
 class Labels(list):
-    """The source of a data set of which the images are in memory."""
+    """The source of a data set whose images are in memory."""
 
     targets = property(list)
 
 
-def images(seed=1):
-    pixels = torch.randint(256, (N, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+def make_images(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (N, 3, 8, 8), dtype=torch.uint8, generator=generator)
     return Images(Labels(i % 3 for i in range(N)), None, pixels=pixels)
 
 
 def make_model(bn_splits=1):
     torch.manual_seed(0)
-    return MoCo(functools.partial(build_encoder, "resnet18_w4", small_images=True), 8, 16, bn_splits=bn_splits)
+    encoder = functools.partial(build_encoder, "resnet18_w4", small_images=True)
+    return MoCo(encoder, dim=8, r=16, bn_splits=bn_splits)
 
 
-def arguments(directory):
-    args = argparse.Namespace(exp_dir=directory, num_cluster=[3, 5, 3], temperature=0.2, seed=0, batch_size=6)
-    vars(args).update(device="cpu", amp=False, amp_dtype="bf16", epochs=100, workers=0)
-    return args
+def make_args(directory):
+    return argparse.Namespace(
+        exp_dir=directory,
+        num_cluster=[3, 5, 3],
+        temperature=0.2,
+        seed=0,
+        batch_size=6,
+        device="cpu",
+        amp=False,
+        amp_dtype="bf16",
+        epochs=100,
+        workers=0,
+    )
 
 
 def shared_results(directory):
-    """What every rank has after an E-step and a kNN accuracy."""
-    model, args = make_model(), arguments(directory)
-    clusters = main_pcl.e_step(model, images(), None, 0, args)
-    again = main_pcl.e_step(model, images(), clusters, 1, args)
-    knn = main_pcl.held_out_knn(model, SimpleNamespace(plain=images(), val=images(2)), args)
+    """What every rank has after two E-steps and a kNN accuracy."""
+    args = make_args(directory)
+    run = Run(args, make_model(), optimizer=None, scaler=None, data="")
+    images = make_images()
+    clusters = main_pcl.e_step(run, images, epoch=0)
+    run.clusters = clusters
+    again = main_pcl.e_step(run, images, epoch=1)
+    datasets = SimpleNamespace(plain=images, val=make_images(seed=2))
+    knn = main_pcl.held_out_knn(run.model, datasets, args)
     return {"clusters": clusters, "again": again, "knn": knn}
 
 
 def one_rank(rank, world, directory):
-    dist.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=world)
+    """Compute everything on one of several ranks, and write it to rank_{rank}.pt."""
+    init_method = f"file://{directory}/init"
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world)
+    pixels = make_images().pixels
+
+    # keys and queue
     model = make_model(bn_splits=2)
-    model.encoder_k.eval()  # so that a key does not depend on whom it is computed with
-    im_q, im_k = (normalize(x[6 * rank : 6 * rank + 6]) for x in (images().pixels, images().pixels.flip(0)))
-    _, k = model(im_q, im_k)
-    result = {"k": k, "alone": F.normalize(model.encoder_k(im_k)).detach(), "gathered": concat_all_gather(k)}
+    model.encoder_k.eval()  # so that a key does not depend on the others in its batch
+    own = slice(BATCH * rank, BATCH * (rank + 1))
+    im_q = normalize(pixels[own])
+    im_k = normalize(pixels.flip(0)[own])
+    _, k, _, _ = model(im_q, im_k)
+    alone = F.normalize(model.encoder_k(im_k)).detach()
+    result = {"k": k, "alone": alone, "gathered": concat_all_gather(k)}
     model.dequeue_and_enqueue(k)
     result["queue"] = model.queue
 
-    args = arguments(directory)
-    loader = main_pcl.plain_loader(images(), torch.arange(N), args)
+    # features
+    loader = main_pcl.plain_loader(make_images(), torch.arange(N), make_args(directory))
     compute_features(loader, lambda x: normalize(x).flatten(1), f"{directory}/pixels")
     result["pixels"] = load_features(f"{directory}/pixels", N)
+
     result |= shared_results(f"{directory}/shared")
     torch.save(result, f"{directory}/rank_{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_three_ranks_share_keys_queue_features_clusters_and_knn(tmp_path):
-    alone, world = shared_results(tmp_path / "alone"), 3
-    torch.multiprocessing.spawn(one_rank, (world, str(tmp_path)), world)
-    ranks = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=False) for rank in range(world)]
+def test_ranks_share_keys_queue_features_clusters_and_knn(tmp_path):
+    alone = shared_results(tmp_path / "alone")
+    torch.multiprocessing.spawn(one_rank, (WORLD, str(tmp_path)), WORLD)
+    ranks = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    first = ranks[0]
     keys = torch.cat([rank["k"] for rank in ranks])
+    pixels = normalize(make_images().pixels).flatten(1)
+
     for rank in ranks:
-        torch.testing.assert_close(rank["k"], rank["alone"])  # each got the keys of its own images back
-        assert torch.equal(rank["gathered"], keys) and torch.equal(rank["queue"], ranks[0]["queue"])
+        torch.testing.assert_close(rank["k"], rank["alone"])  # the keys of its own images
+        assert torch.equal(rank["gathered"], keys)
+        assert torch.equal(rank["queue"], first["queue"])
         for name in ("clusters", "again"):
-            for ours, first, one in zip(rank[name], ranks[0][name], alone[name], strict=True):
-                assert all(map(torch.equal, ours, first)) and torch.equal(ours.im2cluster, one.im2cluster)
-                torch.testing.assert_close(ours.centroids, one.centroids, atol=1e-4, rtol=1e-4)
+            levels = zip(rank[name], first[name], alone[name], strict=True)
+            for found, others, expected in levels:
+                assert all(map(torch.equal, found, others))
+                assert torch.equal(found.im2cluster, expected.im2cluster)
+                torch.testing.assert_close(
+                    found.centroids, expected.centroids, atol=1e-4, rtol=1e-4
+                )
         assert rank["knn"] == alone["knn"]
-        torch.testing.assert_close(torch.from_numpy(rank["pixels"]), normalize(images().pixels).flatten(1))
-    kept = {tuple(column) for column in ranks[0]["queue"].T.tolist()}
-    assert all(tuple(key) in kept for key in keys[-16:].tolist())
-    saved = [torch.load(path, weights_only=True)["index"] for path in tmp_path.glob("pixels/batch*")]
-    assert torch.cat(saved).sort().values.tolist() == list(range(N))  # each once, none twice
+        torch.testing.assert_close(torch.from_numpy(rank["pixels"]), pixels)
+
+    # the queue holds the latest keys of all ranks
+    queue = {tuple(key) for key in first["queue"].T.tolist()}
+    assert all(tuple(key) in queue for key in keys[-16:].tolist())
+
+    # every image was computed once
+    files = tmp_path.glob("pixels/batch*")
+    saved = [torch.load(path, weights_only=True)["index"] for path in files]
+    assert torch.cat(saved).sort().values.tolist() == list(range(N))

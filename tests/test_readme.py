@@ -1,5 +1,10 @@
-"""The README: every snippet as it stands, every command in a shortened form, only flags that exist."""
+"""README.md and results/*.md: snippets, commands, flags and links.
 
+Every snippet runs as it stands, every command of the README in a shortened form.
+"""
+
+import importlib
+import operator
 import re
 import shlex
 import subprocess
@@ -17,64 +22,165 @@ from model import build_encoder
 from runtime.weights import export
 
 ROOT = Path(main_pcl.__file__).parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
-SNIPPETS = [text for language, text in BLOCKS if language == "python"]
-BASH = "\n".join(text for language, text in BLOCKS if language == "bash").replace("\\\n", " ")
-LINES = BASH.replace("&&", "\n").splitlines()
-COMMANDS = [shlex.split(line, comments=True) for line in LINES if line.strip()]
-SHORT = [*TINY, "--epochs", "2", "--warmup", "1", "--image-size", "8", "--overwrite"]  # alternatives share a directory
+README = ROOT / "README.md"
+FINE_TUNING = ROOT / "results" / "fine-tuning.md"
+PAGES = [README, *sorted((ROOT / "results").glob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+TORCHRUN_FLAGS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
+TORCHRUN_FLAGS |= {"--max-restarts"}
+
+
+def blocks(page, language):
+    """The code blocks of a page in this language."""
+    found = re.findall(r"```(\w*)\n(.*?)```", page.read_text(), re.DOTALL)
+    return [text for name, text in found if name == language]
+
+
+# -- snippets --------------------------------------------------------------------------------------
+def is_edit(snippet):
+    """Whether a snippet shows a change to one of our files, whose name is its first line."""
+    return re.match(r"# [\w/]+\.py\n", snippet) is not None
+
+
+PYTHON = blocks(README, "python") + blocks(FINE_TUNING, "python")
+SNIPPETS = [snippet for snippet in PYTHON if not is_edit(snippet)]
+EDITS = [snippet for snippet in PYTHON if is_edit(snippet)]
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_a_snippet_runs_as_it_stands(snippet, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, arch, small in (("resnet.pth", "resnet50", False), ("resnet_small.pth", "resnet18", True)):
-        if name in snippet:
-            export(name, build_encoder(arch, small_images=small), arch, small)
-    exec(compile(snippet, "README.md", "exec"), {})
-    missing = capsys.readouterr().out
-    assert "resnet" not in snippet or missing == "['fc.weight', 'fc.bias']\n" or "MoCo" in snippet
+    if "resnet.pth" in snippet:
+        export("resnet.pth", build_encoder("resnet50"), "resnet50", False)
+    if "resnet_small.pth" in snippet:
+        small = build_encoder("resnet18", small_images=True)
+        export("resnet_small.pth", small, "resnet18", True)
+    exec(compile(snippet, "snippet", "exec"), {})
+    if "resnet" in snippet and "MoCo" not in snippet:
+        assert capsys.readouterr().out == "['fc.weight', 'fc.bias']\n"
+
+
+def test_the_snippets_of_fine_tuning_load_exported_weights():
+    assert sum("load_state_dict" in snippet for snippet in SNIPPETS) >= 3
+
+
+def test_edits_name_files_of_ours():
+    for snippet in EDITS:
+        name = snippet.splitlines()[0].removeprefix("# ")
+        assert (ROOT / name).exists()
+
+
+def test_the_places_to_change_exist():
+    """As in: `model.py`: `MoCo.__init__`, `MoCo.forward`."""
+    places = re.findall(r"`(\w+)\.py`: ((?:`[\w.]+`(?:, )?)+)", README.read_text())
+    assert places
+    for module, names in places:
+        for name in re.findall(r"`([\w.]+)`", names):
+            operator.attrgetter(name)(importlib.import_module(module))
+
+
+# -- commands --------------------------------------------------------------------------------------
+def read_commands(page):
+    """The commands in a page's bash blocks, each as a list of words."""
+    text = "\n".join(blocks(page, "bash"))
+    lines = text.replace("\\\n", " ").replace("&&", "\n").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    return [command for command in commands if command]
+
+
+# commands that write to the same directory need --overwrite
+SHORT_RUN = [*TINY, "--epochs", "2", "--warmup", "1", "--image-size", "8", "--overwrite"]
+SHORT_EVALUATION = ["--workers", "0", "--num-cluster", "4"]
+ON_ONE_MACHINE = {
+    "--nproc_per_node=8": "--nproc_per_node=2",
+    "--nnodes=2": "--nnodes=1",
+    "--rdzv_endpoint=HOST:29500": "--rdzv_endpoint=localhost:0",
+    "main_pcl.py": str(ROOT / "main_pcl.py"),
+    "eval_lincls.py": str(ROOT / "eval_lincls.py"),
+}
+
+
+def train(arguments):
+    assert len(main_pcl.main([*arguments, *SHORT_RUN])) == 2
+    if "runs/folder0" in arguments:  # the README says: then --seed 1 and 2
+        for seed in ("1", "2"):
+            options = ["--seed", seed, "--exp-dir", f"runs/folder{seed}"]
+            main_pcl.main([*arguments, *SHORT_RUN, *options])
+
+
+def evaluate(arguments):
+    table = eval_lincls.main([*arguments, *SHORT_EVALUATION])
+    assert "linear" in table["trained"]
+
+
+def launch(arguments):
+    """torchrun, with two processes."""
+    short = [*SHORT_EVALUATION, "-b", "16"]
+    if "main_pcl.py" in arguments:
+        short = SHORT_RUN
+    arguments = [ON_ONE_MACHINE.get(argument, argument) for argument in arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments, *short]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_commands_run_in_the_readmes_order(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    state = {f"module.encoder_q.{k}": v for k, v in torchvision.models.resnet18().state_dict().items()}
+    monkeypatch.setattr(eval_lincls, "EPOCHS", 2)
+
+    # the files of others that the commands name
+    resnet = torchvision.models.resnet18().state_dict()
+    state = {f"module.encoder_q.{name}": value for name, value in resnet.items()}
     torch.save({"arch": "resnet18", "state_dict": state}, "moco_v2_200ep_pretrain.pth.tar")
     torch.save(build_encoder("resnet18_w4", small_images=True).state_dict(), "resnet50.pth")
-    monkeypatch.setattr(eval_lincls, "EPOCHS", 2)
-    ran = set()
-    for program, *arguments in COMMANDS:
-        arguments = [str(folder) if "path/to" in a or a == "cifar10" else a for a in arguments]
+
+    programs = set()
+    for program, *arguments in read_commands(README):
+        programs.add(program)
+        for i, argument in enumerate(arguments):
+            if "path/to" in argument or argument == "cifar10":
+                arguments[i] = str(folder)
         if program == "torchrun":
-            one_node = {"--nproc_per_node=8": "--nproc_per_node=2", "--nnodes=2": "--nnodes=1"}
-            one_node |= {"--rdzv_endpoint=HOST:29500": "--rdzv_endpoint=localhost:0"}
-            few = SHORT if "main_pcl.py" in arguments else ["--num-cluster", "4", "-b", "16", "--workers", "0"]
-            arguments = [str(ROOT / a) if a.endswith(".py") else one_node.get(a, a) for a in arguments]
-            command = [sys.executable, "-m", "torch.distributed.run", *arguments, *few]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            assert done.returncode == 0, done.stderr[-2000:]
+            launch(arguments)
         elif program == "python" and arguments[0] == "main_pcl.py":
-            assert len(main_pcl.main([*arguments[1:], *SHORT])) == 2
-            for seed in (1, 2) if "runs/folder0" in arguments else ():  # "again with --seed 1 and 2"
-                main_pcl.main([*arguments[1:], *SHORT, "--seed", str(seed), "--exp-dir", f"runs/folder{seed}"])
+            train(arguments[1:])
+        elif program == "python" and arguments[0] == "eval_lincls.py":
+            evaluate(arguments[1:])
         elif program == "python":
-            assert arguments[0] in ("eval_lincls.py", "benchmarks/bench.py")
-            if arguments[0] == "eval_lincls.py":
-                assert "linear" in eval_lincls.main([*arguments[1:], "--workers", "0", "--num-cluster", "4"])["trained"]
-        else:
-            assert program in ("pip", "pytest")
-        ran.add(program)
-    assert ran == {"pip", "pytest", "python", "torchrun"}
+            assert arguments[0] == "benchmarks/bench.py"
+    assert programs == {"pip", "pytest", "python", "torchrun"}
 
 
-def test_only_flags_that_exist_are_named():
-    known = set(main_pcl.get_parser()._option_string_actions) | set(eval_lincls.get_parser()._option_string_actions)
-    known |= {"--data", "--out"}  # of benchmarks/experiments.py
-    torchrun = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", README)) <= known | torchrun
+# -- flags and links -------------------------------------------------------------------------------
+def known_flags(page):
+    """The flags that a page may name; only results/ speaks of those of the benchmarks."""
+    known = set(TORCHRUN_FLAGS)
+    for script in (main_pcl, eval_lincls):
+        known |= set(script.get_parser()._option_string_actions)
+    if page != README:
+        for path in (ROOT / "benchmarks").glob("*.py"):
+            known |= set(re.findall(r'\badd(?:_argument)?\(\s*"(--[a-z-]+)"', path.read_text()))
+    return known
 
 
-def test_files_that_are_named_are_there():
-    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_only_flags_that_exist_are_named(page):
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", page.read_text()))
+    assert named <= known_flags(page)
+
+
+def anchors(page):
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link

@@ -1,9 +1,10 @@
-"""Whole runs in a reduced form: the README's commands, every combination, resuming, what stops a run."""
+"""Whole runs at a small size: what they learn and leave, how they resume, what stops them."""
 
 import argparse
 import functools
 import json
 import shutil
+import statistics
 
 import numpy as np
 import pytest
@@ -12,49 +13,247 @@ import torchvision
 from conftest import TINY, assert_same, fails, run, weights
 from PIL import Image
 
+import diagnose
 import eval_lincls
 import main_pcl
 import runtime.checkpoint
 
+SHORT = [*TINY, "--epochs", 2, "--warmup", 1]
+CLUSTER_FIGURES = ("NMI", "AMI", "ARI", "acc")
 
-@pytest.mark.parametrize("amp", [[], ["--amp"], ["--amp", "--amp-dtype", "fp16"]], ids=["fp32", "bf16", "fp16"])
+
+def evaluate(*args):
+    """Evaluate with these arguments, of any type. Returns the table."""
+    return eval_lincls.main([str(arg) for arg in args])
+
+
+def assert_finite(weights):
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def not_finite(q, *_):
+    """A loss in place of info_nce: (nan, accuracy)."""
+    return (q * torch.nan).sum(), torch.zeros(())
+
+
+# -- training --------------------------------------------------------------------------------------
+PRECISIONS = {"fp32": [], "bf16": ["--amp"], "fp16": ["--amp", "--amp-dtype", "fp16"]}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("head", ["none", "report"])
 @pytest.mark.parametrize("optim", ["sgd", "adamw", "lamb", "lars"])
-def test_every_combination_trains(folder, tmp_path, optim, head, amp):
-    options = ["--optim", optim, "--cluster-head", head, "--epochs", 2, "--warmup", 1, "--clip-grad", 1]
-    log = run(folder, *TINY, *options, *amp, "--exp-dir", tmp_path)
-    assert len(log) == 2 and all(np.isfinite(row["loss"]) for row in log)
-    assert log[0]["acc_proto"] == 0 and log[1]["loss"] > log[0]["loss"]  # ProtoNCE came in after the warm-up
-    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+def test_every_combination_trains(folder, tmp_path, optim, head, precision):
+    options = ["--optim", optim, "--cluster-head", head, "--clip-grad", 1, *PRECISIONS[precision]]
+    log = run(folder, *SHORT, *options, "--exp-dir", tmp_path)
+    assert len(log) == 2
+    assert all(np.isfinite(row["loss"]) for row in log)
+    assert log[0]["acc_proto"] == 0
+    assert log[1]["loss"] > log[0]["loss"]  # ProtoNCE is added after the warm-up
+    assert_finite(weights(tmp_path))
 
 
 def test_the_default_run_learns_and_leaves_its_files(tmp_path, monkeypatch, capsys):
-    """Ten epochs on the digits at twice the rate are enough to see it."""
+    """Ten epochs on the digits at twice the default learning rate are enough to see it learn."""
     monkeypatch.chdir(tmp_path)
-    log = run("--amp", "--optim", "sgd", "--cos", "--warmup", 2, "--epochs", 10, "--lr", 0.03)
-    table, directory = eval_lincls.main([]), tmp_path / "experiment_pcl"
-    assert set(table) == {"trained", "untrained", "raw pixels"}
-    assert table["trained"]["kNN 28"] > table["untrained"]["kNN 28"] + 3
-    assert table["trained"]["AMI 10"] > table["untrained"]["AMI 10"] + 3
-    assert log[-1]["knn"] == pytest.approx(table["trained"]["kNN 28"], abs=2)  # in mixed precision, and in full
-    report = json.loads((directory / "eval.json").read_text())
-    assert report["figures"] == table and report["epoch"] == 10 and report["protocol"] == "fast"
+    options = ["--amp", "--optim", "sgd", "--cos", "--warmup", 2]
+    log = run(*options, "--epochs", 10, "--lr", 0.03)
     assert "next: python eval_lincls.py" in capsys.readouterr().out
+
+    # the features are better than an untrained network's
+    table = evaluate()
+    trained = table["trained"]
+    untrained = table["untrained"]
+    assert set(table) == {"trained", "untrained", "raw pixels"}
+    assert trained["kNN 28"] > untrained["kNN 28"] + 3
+    assert trained["AMI 10"] > untrained["AMI 10"] + 3
+    # training measures in mixed precision, the evaluation in float32
+    assert log[-1]["knn"] == pytest.approx(trained["kNN 28"], abs=2)
+
+    # files
+    directory = tmp_path / "experiment_pcl"
     names = {path.name for path in directory.iterdir()}
-    assert {"args.json", "log.csv", "checkpoint.pth.tar", "checkpoint_0009.pth.tar", "eval.json"} <= names
+    assert {"args.json", "log.csv", "eval.json"} <= names
+    assert {"checkpoint.pth.tar", "checkpoint_0009.pth.tar"} <= names
     assert {"curves.png", "prototypes.png", "map.png"} <= names
     assert len((directory / "log.csv").read_text().splitlines()) == 11
     assert json.loads((directory / "args.json").read_text())["warmup"] == 2
+    report = json.loads((directory / "eval.json").read_text())
+    assert report["figures"] == table
+    assert report["epoch"] == 10
+    assert report["protocol"] == "fast"
 
 
+def test_warmup_beyond_the_end_is_infonce_alone(folder, tmp_path, capsys):
+    log = run(folder, *TINY, "--epochs", 1, "--warmup-epoch", 5, "--exp-dir", tmp_path)
+    assert log[0]["acc_proto"] == 0
+    assert "InfoNCE alone" in capsys.readouterr().out
+
+
+def test_symmetric_makes_each_view_the_query_once(folder, tmp_path, monkeypatch):
+    """All keys enter the queue, but a sample is clustered by one of its two."""
+    views = []  # (im_q, im_k) of every step
+    saved = []  # (index, features) of every file
+    forward = main_pcl.MoCo.forward
+    save_features = main_pcl.save_features
+
+    def spy_forward(self, im_q, im_k, *args, **kwargs):
+        views.append((im_q, im_k))
+        return forward(self, im_q, im_k, *args, **kwargs)
+
+    def spy_save(directory, number, index, features):
+        saved.append((index, features))
+        save_features(directory, number, index, features)
+
+    monkeypatch.setattr(main_pcl.MoCo, "forward", spy_forward)
+    monkeypatch.setattr(main_pcl, "save_features", spy_save)
+    run(folder, *SHORT, "--pcl-r", 48, "--symmetric", "--exp-dir", tmp_path)
+
+    assert len(views) == 6
+    for im_q, im_k in views:
+        assert len(im_q) == 32
+        first_q, second_q = im_q.chunk(2)
+        first_k, second_k = im_k.chunk(2)
+        assert torch.equal(first_q, second_k)
+        assert torch.equal(second_q, first_k)
+        assert not torch.equal(first_q, second_q)
+    ((index, features),) = saved
+    assert len(features) == 48
+    assert sorted(index.tolist()) == list(range(48))
+    assert weights(tmp_path)["module.queue_ptr"] == 6 * 32 % 48
+
+
+def test_keys_of_the_epoch_are_clustered_without_a_pass(folder, tmp_path, monkeypatch):
+    """Every sample's key is saved once, in a file per SYNC_EVERY steps.
+
+    Only samples that fill no batch pass through the encoder.
+    """
+    clustered = []  # the features of each E-step
+    saved = []  # for each E-step, {index of a file: its features}
+    encoded = []  # the sizes of the batches that passed through the encoder
+    run_kmeans = main_pcl.run_kmeans
+    encode = main_pcl.MoCo.encode
+
+    def spy_kmeans(features, *args, **kwargs):
+        clustered.append(features.copy())
+        files = {}
+        for path in tmp_path.glob("features/keys/batch_*"):
+            batch = torch.load(path, weights_only=True)
+            files[tuple(batch["index"].tolist())] = batch["features"]
+        saved.append(files)
+        return run_kmeans(features, *args, **kwargs)
+
+    def spy_encode(self, images):
+        encoded.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(main_pcl, "run_kmeans", spy_kmeans)
+    monkeypatch.setattr(main_pcl.MoCo, "encode", spy_encode)
+    monkeypatch.setattr(main_pcl, "SYNC_EVERY", 2)
+    options = [folder, *TINY, "-b", 14, "--bn-splits", 1, "--num-cluster", 4, "--warmup", 1]
+    run(*options, "--epochs", 4, "--exp-dir", tmp_path)  # 3 steps of 14 leave 6 images over
+    assert encoded == [6, 6, 6]
+    for features, files in zip(clustered, saved, strict=True):
+        assert sorted(len(part) for part in files) == [14, 28]
+        index = [i for part in files for i in part]
+        assert len(set(index)) == 42
+        np.testing.assert_array_equal(features[index], torch.cat(list(files.values())))
+        np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+    assert not (tmp_path / "features").exists()
+
+    encoded.clear()
+    run(*options, "--epochs", 2, "--features", "pass", "--exp-dir", tmp_path / "pass")
+    assert sum(encoded) == 48
+
+
+# -- steps -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_every_step_has_its_rate_and_the_true_norm_is_clipped(folder, tmp_path, monkeypatch, dtype):
+    norms = []
+    rates = []
+    step = torch.optim.SGD.step
+
+    def spy(self, *args, **kwargs):
+        gradients = []
+        for group in self.param_groups:
+            rates.append(group["lr"])
+            gradients += [p.grad.flatten() for p in group["params"] if p.grad is not None]
+        norms.append(torch.cat(gradients).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    options = ["--amp", "--amp-dtype", dtype, "--clip-grad", 0.01]
+    options += ["--epochs", 1, "--lr", 0.4, "--cos"]
+    log = run(folder, *TINY, *options, "--exp-dir", tmp_path)
+    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
+    assert rates == pytest.approx([0.4, 0.3, 0.1])  # at 0, 1/3 and 2/3 of a cosine
+    assert log[0]["lr"] == pytest.approx(0.1)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folder, tmp_path, monkeypatch):
+    run(folder, *TINY, "--epochs", 1, "--exp-dir", tmp_path)
+    before = weights(tmp_path)
+    monkeypatch.setattr(main_pcl, "info_nce", not_finite)
+    message = rf"epoch 1, step 0.*the last good state is in {tmp_path}"
+    with pytest.raises(SystemExit, match=message):
+        run(folder, *TINY, "--epochs", 2, "--resume", "--exp-dir", tmp_path)
+    assert_same(before, weights(tmp_path))
+
+
+def test_the_host_waits_for_the_device_every_few_steps(folder, tmp_path, monkeypatch):
+    """A loss that is not finite is found at most SYNC_EVERY steps later, with its step."""
+    calls = []
+    info_nce = main_pcl.info_nce
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            return not_finite(*args)
+        return info_nce(*args)
+
+    monkeypatch.setattr(main_pcl, "info_nce", failing)
+    monkeypatch.setattr(main_pcl, "SYNC_EVERY", 6)
+    with pytest.raises(SystemExit, match="epoch 0, step 3: the loss is nan"):
+        run(folder, *TINY, "-b", 4, "--epochs", 1, "--exp-dir", tmp_path)
+    assert len(calls) == 6
+    assert_finite(weights(tmp_path))
+
+
+def test_a_huge_learning_rate_stops_the_run(folder, tmp_path):
+    message = r"epoch 0, step \d: the loss is (nan|inf).*the last good state is in"
+    with pytest.raises(SystemExit, match=message):
+        run(folder, *TINY, "--epochs", 3, "--lr", 1e9, "--exp-dir", tmp_path)
+    assert_finite(weights(tmp_path))
+
+
+def test_skipped_steps_are_shown_and_too_many_in_a_row_stop_the_run(
+    folder, tmp_path, capsys, monkeypatch
+):
+    """An fp16 scaler that starts from too high a scale finds its own by skipping steps."""
+    too_high = functools.partial(torch.amp.GradScaler, init_scale=2.0**24)
+    monkeypatch.setattr(main_pcl, "GradScaler", too_high)
+    options = [folder, *TINY, "--amp", "--amp-dtype", "fp16", "--cluster-head", "none"]
+    options += ["--epochs", 4, "--exp-dir", tmp_path]
+    log = run(*options)
+    assert 0 < log[0]["skipped"] <= log[-1]["skipped"] < 12
+    assert "steps skipped" in capsys.readouterr().out
+
+    monkeypatch.setattr(main_pcl, "MAX_SKIPPED", 1)
+    with pytest.raises(SystemExit, match="epoch 0, step 1"):
+        run(*options, "--overwrite")
+
+
+# -- resuming and reproducing ----------------------------------------------------------------------
 def test_resuming_equals_never_having_stopped(folder, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
     options = [folder, *TINY, "--epochs", 4, "--warmup", 1, "--cos", "--amp"]
-    run(*options, "--exp-dir", tmp_path / "whole", "--resume")  # nothing there yet: from the start
+    run(*options, "--exp-dir", whole, "--resume")  # nothing is there yet: from the start
 
-    whole, parts, save = tmp_path / "whole", tmp_path / "parts", runtime.checkpoint.save
+    save = runtime.checkpoint.save
 
-    def save_and_die(directory, run, *rest, **kwargs):
-        save(directory, run, *rest, **kwargs)
+    def save_and_die(directory, run, *args, **kwargs):
+        save(directory, run, *args, **kwargs)
         if run.epoch == 2:
             raise KeyboardInterrupt
 
@@ -64,289 +263,312 @@ def test_resuming_equals_never_having_stopped(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime.checkpoint, "save", save)
     run(*options, "--exp-dir", parts, "--resume")
     assert_same(weights(whole), weights(parts))
+
+    # from an earlier checkpoint of another run
     run(*options, "--exp-dir", parts, "--resume", whole / "checkpoint_0000.pth.tar")
     assert_same(weights(whole), weights(parts))
 
 
 def test_the_number_of_workers_changes_nothing(mixed, tmp_path, monkeypatch):
-    """The number of threads, on which sums depend, follows from the data alone, too."""
+    """Nor does it change the number of threads, on which the order of sums depends."""
     monkeypatch.delenv("OMP_NUM_THREADS")
-    threads, seen = torch.get_num_threads(), set()
+    threads_before = torch.get_num_threads()
+    threads = set()
     for workers in (0, 2):
-        run(mixed, *TINY, "-j", workers, "--epochs", 2, "--warmup", 1, "--exp-dir", tmp_path / str(workers))
-        seen.add(torch.get_num_threads())
-    torch.set_num_threads(threads)
-    assert len(seen) == 1
+        run(mixed, *SHORT, "-j", workers, "--exp-dir", tmp_path / str(workers))
+        threads.add(torch.get_num_threads())
+    torch.set_num_threads(threads_before)
+    assert len(threads) == 1
     assert_same(weights(tmp_path / "0"), weights(tmp_path / "2"))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_every_step_has_its_rate_and_the_true_norm_is_clipped(folder, tmp_path, monkeypatch, dtype):
-    norms, rates, step = [], [], torch.optim.SGD.step
+def test_a_run_starts_from_given_weights(folder, tmp_path, capsys):
+    """Architecture and stem are those of the file. Weights that do not fit get one line."""
+    file = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    without_arch = TINY[2:]
+    options = [folder, *without_arch, "--epochs", 1, "--init", file, "--image-size", 8]
+    run(*options, "--lr", 1e-9, "--exp-dir", tmp_path / "run")
+    assert "resnet18" in capsys.readouterr().out
 
-    def spy(self, *args, **kwargs):
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
-        rates.extend(group["lr"] for group in self.param_groups)
-        return step(self, *args, **kwargs)
+    given = torch.load(file)
+    trained = weights(tmp_path / "run")
+    for name, value in given.items():
+        if name.endswith("weight") and not name.startswith("fc"):
+            for encoder in ("encoder_q", "encoder_k"):
+                found = trained[f"module.{encoder}.{name}"]
+                torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
 
-    monkeypatch.setattr(torch.optim.SGD, "step", spy)
-    options = ["--amp", "--amp-dtype", dtype, "--clip-grad", 0.01, "--epochs", 1, "--lr", 0.4, "--cos"]
-    log = run(folder, *TINY, *options, "--exp-dir", tmp_path)
-    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
-    assert rates == pytest.approx([0.4, 0.3, 0.1]) and log[0]["lr"] == pytest.approx(0.1)  # at 0, 1/3, 2/3 of a cosine
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folder, tmp_path, monkeypatch):
-    run(folder, *TINY, "--epochs", 1, "--exp-dir", tmp_path)
-    before = weights(tmp_path)
-    monkeypatch.setattr(main_pcl, "info_nce", lambda q, k, queue, t: ((q * torch.nan).sum(), torch.zeros(())))
-    with pytest.raises(SystemExit, match=rf"epoch 1, step 0.*what was good is in {tmp_path}"):
-        run(folder, *TINY, "--epochs", 2, "--resume", "--exp-dir", tmp_path)
-    assert_same(before, weights(tmp_path))
+    other = ["-a", "resnet34", "--exp-dir", tmp_path / "other"]
+    error = fails(capsys, main_pcl.main, *options, *other)
+    assert "resnet34" in error or "missing" in error
+    assert "no file" in fails(capsys, main_pcl.main, folder, *TINY, "--init", tmp_path / "none")
 
 
-def test_the_host_waits_for_the_device_every_few_steps(folder, tmp_path, monkeypatch):
-    """A loss that is not finite is found at the step it came up in, at the latest SYNC_EVERY steps after."""
-    info_nce, calls = main_pcl.info_nce, []
-
-    def failing(q, *args):
-        calls.append(0)
-        return ((q * torch.nan).sum(), torch.zeros(())) if len(calls) == 4 else info_nce(q, *args)
-
-    monkeypatch.setattr(main_pcl, "info_nce", failing)
-    monkeypatch.setattr(main_pcl, "SYNC_EVERY", 6)
-    with pytest.raises(SystemExit, match="epoch 0, step 3: the loss is nan"):
-        run(folder, *TINY, "-b", 4, "--epochs", 1, "--exp-dir", tmp_path)
-    assert len(calls) == 6
-    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
-
-
-def test_the_keys_of_the_epoch_are_clustered_without_a_pass(folder, tmp_path, monkeypatch):
-    """Every sample's key once, in a file for SYNC_EVERY steps; only what fills no batch is computed from its image."""
-    run_kmeans, clustered, saved, computed = main_pcl.run_kmeans, [], [], []
-
-    def spy(features, *args, **kwargs):
-        files = [torch.load(path, weights_only=True) for path in tmp_path.glob("features/keys/batch_*")]
-        clustered.append(features.copy())
-        saved.append({tuple(batch["index"].tolist()): batch["features"] for batch in files})
-        return run_kmeans(features, *args, **kwargs)
-
-    encode = main_pcl.MoCo.encode
-    monkeypatch.setattr(main_pcl, "run_kmeans", spy)
-    monkeypatch.setattr(main_pcl, "SYNC_EVERY", 2)
-    monkeypatch.setattr(main_pcl.MoCo, "encode", lambda self, x: computed.append(len(x)) or encode(self, x))
-    options = [folder, *TINY, "-b", 14, "--bn-splits", 1, "--num-cluster", 4, "--warmup", 1]
-    run(*options, "--epochs", 4, "--exp-dir", tmp_path)  # 3 steps of 14, 6 images left over
-    assert computed == [6] * 3
-    for features, files in zip(clustered, saved, strict=True):
-        index = [i for part in files for i in part]
-        assert sorted(map(len, files)) == [14, 28] and len(set(index)) == 42
-        np.testing.assert_array_equal(features[index], torch.cat(list(files.values())))
-        np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
-    assert not (tmp_path / "features").exists()
-    run(*options, "--epochs", 2, "--features", "pass", "--exp-dir", tmp_path / "pass")
-    assert sum(computed[3:]) == 48
-
-
-def test_a_huge_learning_rate_stops_the_run(folder, tmp_path):
-    with pytest.raises(SystemExit, match=r"epoch 0, step \d: the loss is (nan|inf).*what was good is in"):
-        run(folder, *TINY, "--epochs", 3, "--lr", 1e9, "--exp-dir", tmp_path)
-    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
-
-
-def test_skipped_steps_are_shown_and_too_many_in_a_row_stop_the_run(folder, tmp_path, capsys, monkeypatch):
-    """An fp16 scaler that starts from a scale that overflows finds its own by skipping steps."""
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
-    options = [folder, *TINY, "--amp", "--amp-dtype", "fp16", "--cluster-head", "none", "--exp-dir", tmp_path]
-    log = run(*options, "--epochs", 4)
-    assert 0 < log[0]["skipped"] <= log[-1]["skipped"] < 12 and "steps skipped" in capsys.readouterr().out
-    monkeypatch.setattr(main_pcl, "MAX_SKIPPED", 1)
-    with pytest.raises(SystemExit, match="epoch 0, step 1"):
-        run(*options, "--epochs", 4, "--overwrite")
-
-
+# -- what the figures say is wrong -----------------------------------------------------------------
 def test_a_leak_is_warned_of(tmp_path, capsys):
-    """Noise with labels that mean nothing, and two views that are the same: acc_inst without anything learned."""
+    """Two equal views, and noise whose labels mean nothing: acc_inst rises, kNN does not."""
     rng = np.random.default_rng(0)
     for part, n in (("train", 16), ("val", 8)):
         for label in "abcd":
-            (tmp_path / part / label).mkdir(parents=True)
+            directory = tmp_path / part / label
+            directory.mkdir(parents=True)
             for i in range(n):
-                noise = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-                noise.save(tmp_path / part / label / f"{i}.png")
-    options = [*TINY, "--pcl-r", 32, "--bn-splits", 1, "--epochs", 3, "--knn-every", 1, "--exp-dir", tmp_path / "run"]
-    same = ["--no-aug-plus", "--no-color-jitter", "--no-grayscale", "--no-flip", "--crop-min", 1]
-    run(tmp_path, *options, *same)
+                noise = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(directory / f"{i}.png")
+    options = ["--pcl-r", 32, "--bn-splits", 1, "--epochs", 3, "--knn-every", 1]
+    equal = ["--no-aug-plus", "--no-color-jitter", "--no-grayscale", "--no-flip", "--crop-min", 1]
+    run(tmp_path, *TINY, *options, *equal, "--exp-dir", tmp_path / "run")
     assert "warning: acc_inst is" in capsys.readouterr().out
 
 
-def test_the_leak_warning_needs_both_signs():
-    def row(acc_inst, knn):
-        return {"acc_inst": acc_inst, "knn": knn}
+def log_of(*figures):
+    """A log with these (acc_inst, kNN accuracy)."""
+    return [{"acc_inst": acc_inst, "knn": knn, "loss_inst": 0.1} for acc_inst, knn in figures]
 
-    assert runtime.checkpoint.leaking([row(50, 80), row(99.9, 70)], 60)  # falling
-    assert runtime.checkpoint.leaking([row(99.9, 60.5)], 60)  # nothing learned
-    assert not runtime.checkpoint.leaking([row(50, 80), row(99.9, 85)], 60)
-    assert not runtime.checkpoint.leaking([row(50, 80), row(98, 60)], 60)
-    assert not runtime.checkpoint.leaking([row(99.9, None)], None)
+
+@pytest.mark.parametrize(
+    "figures, knn_untrained, expected",
+    [
+        ([(50, 80), (99.9, 70)], 60, True),  # kNN is falling
+        ([(99.9, 60.5)], 60, True),  # nothing was learned
+        ([(50, 80), (99.9, 85)], 60, False),
+        ([(50, 80), (98, 60)], 60, False),
+        ([(99.9, None)], None, False),
+    ],
+)
+def test_a_leak_needs_a_high_acc_inst_and_a_poor_knn(figures, knn_untrained, expected):
+    log = log_of(*figures)
+    assert diagnose.is_leaking(log, knn_untrained) == expected
+    warning = diagnose.warn_of_leak(log, knn_untrained, settings_of())
+    assert bool(warning) == expected
+
+
+def settings_of(*flags):
+    """The settings of a run whose defaults are filled in as far as a diagnosis needs them."""
+    options = ["--pcl-r", "64", "--bn-splits", "1", "--crop-min", "0.2"]
+    return vars(main_pcl.get_parser().parse_args([*options, *flags]))
+
+
+def test_the_warning_of_a_leak_names_figures_and_remedies():
+    settings = settings_of()
+    warning = diagnose.warn_of_leak(log_of((99.9, 60.5)), 60, settings)
+    assert warning.startswith("warning: acc_inst is 99.9 %")
+    assert "60.5 %" in warning
+    assert warning.endswith("; ".join(diagnose.remedies(0.1, settings)))
+
+
+@pytest.mark.parametrize(
+    "loss_inst, flags, first",
+    [
+        (4.17, [], "a lower --lr, or --moco-m"),
+        (4.17, ["--cluster-head", "report"], "a longer --warmup"),
+        (0.1, ["--no-color-jitter"], "a stronger augmentation"),
+        (0.1, [], "more --bn-splits"),
+        (0.1, ["--cluster-head", "report"], "more --bn-splits"),
+    ],
+)
+def test_the_first_remedy_is_the_one_that_the_figures_point_to(loss_inst, flags, first):
+    settings = settings_of(*flags)
+    remedies = diagnose.remedies(loss_inst, settings)
+    assert remedies[0].startswith(first)
+    assert len(remedies) == (4 if settings["cluster_head"] == "report" else 3)
+
+
+FEW = "are few"
+SHORT_QUEUE = "is short"
+NO_LABELS = "no labels"
+NO_PROTO_NCE = "InfoNCE alone"
+ENOUGH = {"pcl_r": 64, "warmup": 20, "epochs": 200}
+
+
+@pytest.mark.parametrize(
+    "n, labelled, changes, expected",
+    [
+        (1000, True, {}, []),
+        (999, True, {}, [FEW]),
+        (1000, True, {"pcl_r": 63}, [SHORT_QUEUE]),
+        (999, True, {"pcl_r": 63}, [FEW, SHORT_QUEUE]),
+        (1000, False, {}, [NO_LABELS]),
+        (1000, True, {"epochs": 21}, []),
+        (1000, True, {"epochs": 20}, [NO_PROTO_NCE]),
+        (999, False, {"epochs": 5}, [FEW, NO_LABELS, NO_PROTO_NCE]),
+    ],
+)
+def test_expectations_of_a_run(n, labelled, changes, expected):
+    lines = diagnose.expectations(n, labelled, {**ENOUGH, **changes})
+    for line, part in zip(lines, expected, strict=True):
+        assert part in line
+        assert "\n" not in line
+
+
+def test_expectations_name_the_numbers():
+    settings = {"pcl_r": 8, "warmup": 20, "epochs": 5}
+    few, short_queue, no_proto_nce = diagnose.expectations(300, True, settings)
+    assert "300 training images" in few
+    assert "--init" in few
+    assert "queue of 8 keys" in short_queue
+    assert "--pcl-r" in short_queue
+    assert "--warmup 20" in no_proto_nce
+    assert "5 epochs" in no_proto_nce
+
+
+# -- data of all kinds -----------------------------------------------------------------------------
+def copy_flat(folder, target):
+    """Copy the training images of `folder` to `target`, without their class folders."""
+    target.mkdir()
+    for path in (folder / "train").rglob("*.png"):
+        shutil.copy(path, target / f"{path.parent.name} {path.name}")
 
 
 def test_a_folder_without_held_out_images(folder, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train").symlink_to(folder / "train")
-    log = run(tmp_path / "data", *TINY, "--epochs", 2, "--warmup", 1, "--exp-dir", tmp_path / "run")
+    log = run(tmp_path / "data", *SHORT, "--exp-dir", tmp_path / "run")
     assert log[-1]["knn"] is None
-    table = eval_lincls.main(["--exp-dir", str(tmp_path / "run")])
-    names = [f"{name} {k}" for k in (8, 4, 3) for name in ("NMI", "AMI", "ARI", "acc")]
+    table = evaluate("--exp-dir", tmp_path / "run")
+    names = [f"{name} {k}" for k in (8, 4, 3) for name in CLUSTER_FIGURES]
     assert list(table["trained"]) == names
 
 
 def test_a_folder_without_classes_trains_and_is_evaluated_on_another(folder, tmp_path, capsys):
-    (tmp_path / "flat").mkdir()
-    for path in (folder / "train").rglob("*.png"):
-        shutil.copy(path, tmp_path / "flat" / f"{path.parent.name} {path.name}")
-    run(tmp_path / "flat", *TINY, "--epochs", 2, "--warmup", 1, "--exp-dir", tmp_path / "run")
-    said = capsys.readouterr().out
-    assert "48 training images, no classes" in said and said.count("no labels") == 1 and "are few" in said
-    assert f"next: python eval_lincls.py LABELLED_FOLDER --exp-dir {tmp_path / 'run'}" in said
+    copy_flat(folder, tmp_path / "flat")
+    run(tmp_path / "flat", *SHORT, "--exp-dir", tmp_path / "run")
+    output = capsys.readouterr().out
+    assert "48 training images, no classes" in output
+    assert output.count("no labels") == 1
+    assert "are few" in output
+    assert f"next: python eval_lincls.py LABELLED_FOLDER --exp-dir {tmp_path / 'run'}" in output
+
     assert "no labels" in fails(capsys, eval_lincls.main, "--exp-dir", tmp_path / "run")
-    table = eval_lincls.main([str(folder), "--exp-dir", str(tmp_path / "run")])
+    table = evaluate(folder, "--exp-dir", tmp_path / "run")
     assert {"linear", "kNN 1", "AMI 3", "acc 3 held out"} <= set(table["trained"])
 
 
-def test_unlabelled_training_images_are_evaluated_by_clusters_of_the_held_out_ones(folder, tmp_path):
-    (tmp_path / "train").mkdir()
-    for path in (folder / "train").rglob("*.png"):
-        shutil.copy(path, tmp_path / "train" / f"{path.parent.name} {path.name}")
+def test_unlabelled_training_images_are_evaluated_by_held_out_clusters(folder, tmp_path):
+    copy_flat(folder, tmp_path / "train")
     (tmp_path / "val").symlink_to(folder / "val")
     log = run(tmp_path, *TINY, "--epochs", 1, "--exp-dir", tmp_path / "run")
     assert log[0]["knn"] is None
-    table = eval_lincls.main(["--exp-dir", str(tmp_path / "run")])
-    assert table["trained"] and all(name.endswith("held out") for name in table["trained"])
-
-
-def test_a_run_starts_from_given_weights(folder, tmp_path, capsys):
-    """Architecture and stem are the file's; of weights that do not fit one line says so."""
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
-    options = [folder, *TINY[2:], "--epochs", 1, "--init", tmp_path / "resnet18.pth", "--image-size", 8]
-    run(*options, "--lr", 1e-9, "--exp-dir", tmp_path / "run")
-    given, trained = torch.load(tmp_path / "resnet18.pth"), weights(tmp_path / "run")
-    for name, value in given.items():
-        if name.endswith("weight") and not name.startswith("fc"):
-            for encoder in ("encoder_q", "encoder_k"):
-                torch.testing.assert_close(trained[f"module.{encoder}.{name}"], value, rtol=1e-4, atol=1e-4)
-    assert "resnet18" in capsys.readouterr().out
-    error = fails(capsys, main_pcl.main, *options, "-a", "resnet34", "--exp-dir", tmp_path / "other")
-    assert "resnet34" in error or "missing" in error
-    assert "no file" in fails(capsys, main_pcl.main, folder, *TINY, "--init", tmp_path / "none")
-
-
-def test_the_published_probe_goes_on_where_it_was_killed(folder, tmp_path, monkeypatch):
-    run(folder, *TINY, "--epochs", 1, "--exp-dir", tmp_path)
-    options = ["--exp-dir", str(tmp_path), "--protocol", "moco", "--no-baselines", "-b", "16"]
-    probe, save, seen = tmp_path / "probe.pth.tar", runtime.checkpoint.save_tensors, []
-
-    def save_and_die(path, state):
-        save(path, state)
-        seen.append(state["epoch"])
-        if state["epoch"] == 50:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runtime.checkpoint, "save_tensors", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        eval_lincls.main(options)
-    eval_lincls.main(options)
-    assert seen == list(range(1, 101))
-    layer = torch.load(probe)["layer"]
-    probe.unlink()
-    monkeypatch.setattr(runtime.checkpoint, "save_tensors", save)
-    assert {"linear", "kNN 1"} <= set(eval_lincls.main(options)["trained"])
-    assert_same(torch.load(probe)["layer"], layer)
-    assert json.loads((tmp_path / "eval.json").read_text())["protocol"] == "moco"
-
-
-def test_several_runs_give_mean_and_standard_deviation(folder, tmp_path, capsys):
-    tables = []
-    for seed in range(3):
-        run(folder, *TINY, "--epochs", 1, "--seed", seed, "--exp-dir", tmp_path / str(seed))
-        tables.append(eval_lincls.main(["--exp-dir", str(tmp_path / str(seed)), "--no-baselines"])["trained"])
-    capsys.readouterr()
-    eval_lincls.main(["--no-baselines", "--exp-dir", *(str(tmp_path / str(seed)) for seed in range(3))])
-    mean, std = (f([table["linear"] for table in tables]) for f in (np.mean, functools.partial(np.std, ddof=1)))
-    (line,) = (line for line in capsys.readouterr().out.split("mean and")[1].splitlines() if line.startswith("linear"))
-    assert line.split(maxsplit=1)[1] == f"{mean:.1f} ± {std:.1f}"
-
-
-def test_symmetric_makes_each_view_the_query_once(folder, tmp_path, monkeypatch):
-    """Its keys all enter the queue, but a sample is clustered by one of its two, as without it."""
-    forward, save, calls, saved = main_pcl.MoCo.forward, main_pcl.save_features, [], []
-
-    def spy(self, im_q, im_k, *args, **options):
-        calls.append((im_q, im_k))
-        return forward(self, im_q, im_k, *args, **options)
-
-    monkeypatch.setattr(main_pcl.MoCo, "forward", spy)
-    monkeypatch.setattr(main_pcl, "save_features", lambda *args: saved.append(args[2:]) or save(*args))
-    run(folder, *TINY, "--pcl-r", 48, "--epochs", 2, "--warmup", 1, "--symmetric", "--exp-dir", tmp_path)
-    assert len(calls) == 6
-    for im_q, im_k in calls:
-        (a, b), (c, d) = im_q.chunk(2), im_k.chunk(2)
-        assert len(im_q) == 32 and torch.equal(a, d) and torch.equal(b, c) and not torch.equal(a, b)
-    ((index, features),) = saved
-    assert len(features) == 48 and sorted(index.tolist()) == list(range(48))
-    assert weights(tmp_path)["module.queue_ptr"] == 6 * 32 % 48
-
-
-def test_warmup_beyond_the_end_is_infonce_alone(folder, tmp_path, capsys):
-    log = run(folder, *TINY, "--epochs", 1, "--warmup-epoch", 5, "--exp-dir", tmp_path)
-    assert log[0]["acc_proto"] == 0 and "InfoNCE alone" in capsys.readouterr().out
+    trained = evaluate("--exp-dir", tmp_path / "run")["trained"]
+    assert trained
+    assert all(name.endswith("held out") for name in trained)
 
 
 def test_bad_folders_and_images_get_one_line(folder, tmp_path, capsys):
+    train = tmp_path / "train"
     assert "has no images" in fails(capsys, main_pcl.main, tmp_path)
-    (tmp_path / "train").mkdir()
+    train.mkdir()
     assert "train has no images" in fails(capsys, main_pcl.main, tmp_path)
+
+    # one image is cut off
+    (train / "a").mkdir()
     for i in range(40):
-        Image.new("RGB", (8, 8)).save(
-            (tmp_path / "train").joinpath("a").mkdir(exist_ok=True) or tmp_path / f"train/a/{i}.png"
-        )
-    broken = tmp_path / "train" / "a" / "7.png"
+        Image.new("RGB", (8, 8)).save(train / "a" / f"{i}.png")
+    broken = train / "a" / "7.png"
     broken.write_bytes(broken.read_bytes()[:40])
     options = [*TINY, "--image-size", 8, "--epochs", 1, "--exp-dir", tmp_path / "run"]
     assert str(broken) in fails(capsys, main_pcl.main, tmp_path, *options)
-    Image.new("RGB", (9, 8)).save(tmp_path / "train/a/1.png")  # not all of one size: they are read as needed
+
+    # images of different sizes are read on demand
+    Image.new("RGB", (9, 8)).save(train / "a" / "1.png")
     for workers in (0, 1):
         assert str(broken) in fails(capsys, main_pcl.main, tmp_path, *options, "-j", workers)
 
 
+# -- evaluation and checkpoints --------------------------------------------------------------------
+def test_an_interrupted_published_probe_continues(folder, tmp_path, monkeypatch):
+    run(folder, *TINY, "--epochs", 1, "--exp-dir", tmp_path)
+    options = ["--exp-dir", tmp_path, "--protocol", "moco", "--no-baselines", "-b", 16]
+    probe = tmp_path / "probe.pth.tar"
+    epochs = []
+    save = runtime.checkpoint.save_tensors
+
+    def save_and_die(path, state):
+        save(path, state)
+        epochs.append(state["epoch"])
+        if state["epoch"] == 50:
+            raise KeyboardInterrupt
+
+    # the first evaluation dies after 50 epochs, the second goes on from there
+    monkeypatch.setattr(runtime.checkpoint, "save_tensors", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*options)
+    evaluate(*options)
+    assert epochs == list(range(1, 101))
+    interrupted = torch.load(probe)["layer"]
+
+    # the third one is not interrupted
+    probe.unlink()
+    monkeypatch.setattr(runtime.checkpoint, "save_tensors", save)
+    table = evaluate(*options)
+    assert {"linear", "kNN 1"} <= set(table["trained"])
+    assert_same(torch.load(probe)["layer"], interrupted)
+    assert json.loads((tmp_path / "eval.json").read_text())["protocol"] == "moco"
+
+
+def test_several_runs_give_mean_and_standard_deviation(folder, tmp_path, capsys):
+    directories = [tmp_path / str(seed) for seed in range(3)]
+    linear = []
+    for seed, directory in enumerate(directories):
+        run(folder, *TINY, "--epochs", 1, "--seed", seed, "--exp-dir", directory)
+        table = evaluate("--exp-dir", directory, "--no-baselines")
+        linear.append(table["trained"]["linear"])
+    capsys.readouterr()
+
+    evaluate("--no-baselines", "--exp-dir", *directories)
+    summary = capsys.readouterr().out.split("mean and")[1]
+    (line,) = (line for line in summary.splitlines() if line.startswith("linear"))
+    expected = f"{statistics.mean(linear):.1f} ± {statistics.stdev(linear):.1f}"
+    assert line.split(maxsplit=1)[1] == expected
+
+
 def test_bad_checkpoints_get_one_line(folder, tmp_path, capsys):
     run(folder, *TINY, "--epochs", 1, "--exp-dir", tmp_path)
-    good, before = tmp_path / "checkpoint.pth.tar", weights(tmp_path)
+    good = tmp_path / "checkpoint.pth.tar"
+    bad = tmp_path / "bad"
+    before = weights(tmp_path)
+
+    # training
     again = [folder, *TINY, "--epochs", 2, "--exp-dir", tmp_path, "--resume"]
     assert "cannot change" in fails(capsys, main_pcl.main, *again, "-a", "resnet18_w8")
-    (tmp_path / "bad").write_bytes(good.read_bytes()[:5000])
-    assert "truncated" in fails(capsys, main_pcl.main, *again, tmp_path / "bad")
-    assert "truncated" in fails(capsys, eval_lincls.main, folder, "--pretrained", tmp_path / "bad")
-    torch.save({"a": 1}, tmp_path / "bad")
-    assert "holds no ResNet" in fails(capsys, eval_lincls.main, folder, "--pretrained", tmp_path / "bad")
-    torch.save({"args": argparse.Namespace(), "state_dict": {}}, tmp_path / "bad")
-    assert "argparse.Namespace" in fails(capsys, eval_lincls.main, folder, "--pretrained", tmp_path / "bad")
+    bad.write_bytes(good.read_bytes()[:5000])
+    assert "truncated" in fails(capsys, main_pcl.main, *again, bad)
+
+    # evaluation
+    pretrained = [folder, "--pretrained", bad]
+    assert "truncated" in fails(capsys, eval_lincls.main, *pretrained)
+    torch.save({"a": 1}, bad)
+    assert "holds no ResNet" in fails(capsys, eval_lincls.main, *pretrained)
+    torch.save({"args": argparse.Namespace(), "state_dict": {}}, bad)
+    assert "argparse.Namespace" in fails(capsys, eval_lincls.main, *pretrained)
     assert "name the data" in fails(capsys, eval_lincls.main, "--pretrained", good)
     assert "there is no" in fails(capsys, eval_lincls.main, "--exp-dir", tmp_path / "none")
-    assert_same(before, weights(tmp_path))  # what was refused has left the run as it was
+
+    assert_same(before, weights(tmp_path))  # nothing has changed the run
 
 
 def test_published_checkpoints_are_read(folder, tmp_path):
-    """MoCo's and PCL's files: torchvision's keys under module.encoder_q, an MLP head in fc.0 and fc.2."""
-    from torchvision.models import resnet18
+    """MoCo's and PCL's: torchvision's names under module.encoder_q, an MLP head in fc.0, fc.2."""
+    resnet = torchvision.models.resnet18().state_dict()
+    state = {f"module.encoder_q.{name}": value for name, value in resnet.items()}
+    state["module.encoder_q.fc.0.weight"] = torch.zeros(512, 512)
+    state["module.queue"] = torch.zeros(128, 8)
+    checkpoint = {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}
+    file = tmp_path / "moco.pth.tar"
+    torch.save(checkpoint, file)
 
-    state = {f"module.encoder_q.{key}": value for key, value in resnet18().state_dict().items()}
-    state |= {"module.encoder_q.fc.0.weight": torch.zeros(512, 512), "module.queue": torch.zeros(128, 8)}
-    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}, tmp_path / "moco.pth.tar")
-    options = ["--no-baselines", "--knn-k", "5", "99", "--labels", "2", "0.5", "--num-cluster", "3"]
-    table = eval_lincls.main([str(folder), "--pretrained", str(tmp_path / "moco.pth.tar"), *options])
-    figures = ["linear", "linear, 2 per class", "linear, 2 per class, std", "linear, 0.5 of labels"]
-    figures += ["linear, 0.5 of labels, std", "kNN 5", "kNN 48"]
-    assert list(table["trained"])[:7] == figures and "acc 3 held out" in table["trained"]
-    assert (tmp_path / "moco.pth.tar.eval.json").exists() and (tmp_path / "moco.pth.tar.map.png").exists()
+    options = ["--no-baselines", "--knn-k", 5, 99, "--labels", 2, 0.5, "--num-cluster", 3]
+    trained = evaluate(folder, "--pretrained", file, *options)["trained"]
+    assert list(trained)[:7] == [
+        "linear",
+        "linear, 2 per class",
+        "linear, 2 per class, std",
+        "linear, 0.5 of labels",
+        "linear, 0.5 of labels, std",
+        "kNN 5",
+        "kNN 48",
+    ]
+    assert "acc 3 held out" in trained
+    assert (tmp_path / "moco.pth.tar.eval.json").exists()
+    assert (tmp_path / "moco.pth.tar.map.png").exists()

@@ -1,0 +1,118 @@
+"""What the figures of a run say is wrong, and what to try.
+
+Every function is pure: figures in, text out. The driver prints the text.
+
+    lines = expectations(n=300, labelled=False, settings=vars(args))
+    warning = warn_of_leak(log, knn_untrained=74.7, settings=vars(args))
+
+`settings` holds the arguments of a run, {name: value}; `log` one {figure: value} per epoch.
+"""
+
+import math
+
+FEW_IMAGES = 1_000
+SHORT_QUEUE = 64  # keys
+HIGH_ACC_INST = 99  # percent
+NO_GAIN = 1  # percentage points of kNN accuracy
+
+
+def expectations(n, labelled, settings):
+    """Lines that say, before the first step, how a run on `n` images may disappoint.
+
+    labelled: whether there are labels for a kNN accuracy during training.
+    """
+    lines = []
+    if n < FEW_IMAGES:
+        lines.append(
+            f"warning: {n} training images are few: features may gain little on an untrained "
+            "network's. Use 1,000 images or more, or start from trained weights (--init)."
+        )
+    if settings["pcl_r"] < SHORT_QUEUE:
+        lines.append(
+            f"warning: a queue of {settings['pcl_r']} keys is short: InfoNCE has few negatives and "
+            "teaches little. Raise --pcl-r."
+        )
+    if not labelled:
+        lines.append(
+            "There are no labels, so no kNN accuracy during training. "
+            "Evaluate on a labelled folder afterwards."
+        )
+    if settings["warmup"] >= settings["epochs"]:
+        lines.append(
+            f"--warmup {settings['warmup']} leaves none of the {settings['epochs']} epochs for "
+            "ProtoNCE: this run trains with InfoNCE alone."
+        )
+    return lines
+
+
+def warn_of_leak(log, knn_untrained, settings):
+    """A warning if the latest epoch solves the pretext task without learning, else "".
+
+    knn_untrained: kNN accuracy of the untrained network in percent, or None.
+    """
+    if not is_leaking(log, knn_untrained):
+        return ""
+    row = log[-1]
+    return (
+        f"warning: acc_inst is {row['acc_inst']:.1f} % but kNN accuracy does not follow "
+        f"({row['knn']:.1f} %). Try, most likely cause first: "
+        f"{'; '.join(remedies(row['loss_inst'], settings))}"
+    )
+
+
+def is_leaking(log, knn_untrained):
+    """Whether acc_inst is near 100 % while kNN accuracy is falling or was never gained."""
+    row = log[-1]
+    if row["knn"] is None or row["acc_inst"] <= HIGH_ACC_INST:
+        return False
+    earlier = [past["knn"] for past in log[:-1] if past["knn"] is not None]
+    is_falling = row["knn"] < max(earlier, default=0) - NO_GAIN
+    is_untrained = row["knn"] < knn_untrained + NO_GAIN
+    return is_falling or is_untrained
+
+
+def remedies(loss_inst, settings):
+    """What to try when acc_inst is high but the features are poor, the most likely remedy first.
+
+    loss_inst: the InfoNCE loss of the epoch. Near ln(queue + 1), the loss of equal logits, the
+    keys drift faster than the queue is renewed, or all features have collapsed onto one point. A
+    low loss means a shortcut: the views are too alike, or batch-norm statistics reveal the key.
+    """
+    chance = math.log(settings["pcl_r"] + 1)
+    one_point = loss_inst > chance / 2
+    weak_augmentation = (
+        not settings["color_jitter"] or not settings["grayscale"] or settings["crop_min"] > 0.5
+    )
+
+    found = []  # (remedy, whether the figures point to it)
+    if settings["cluster_head"] == "report":
+        found.append(
+            (
+                "a longer --warmup, or --cluster-head none: on an untrained encoder the report's "
+                "head collapses",
+                one_point,
+            )
+        )
+    found.append(
+        (
+            "a lower --lr, or --moco-m closer to 1: the keys change faster than the queue is "
+            "renewed",
+            one_point,
+        )
+    )
+    found.append(
+        (
+            "a stronger augmentation (--crop-min, --color-jitter, --grayscale): the two views are "
+            "too alike",
+            weak_augmentation,
+        )
+    )
+    found.append(
+        (
+            "more --bn-splits: batch-norm statistics reveal which key belongs to which query",
+            settings["bn_splits"] == 1,
+        )
+    )
+    likely = [remedy for remedy, points_here in found if points_here]
+    others = [remedy for remedy, points_here in found if not points_here]
+    return likely + others

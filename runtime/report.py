@@ -1,0 +1,217 @@
+"""What a run shows: the line per epoch, log.csv, TensorBoard, and pictures.
+
+The pictures are the curves of a run, its prototypes with their nearest images, and a map of its
+features.
+"""
+
+import contextlib
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from runtime.directory import write_atomically
+from runtime.distributed import get_rank_and_world
+
+PROTOTYPES = 10  # rows of prototypes.png
+NEAREST = 10  # images per prototype
+CELL = 0.6  # inches per image in prototypes.png
+MAP_IMAGES = 3_000  # images in map.png at most, because t-SNE is slow
+MAP_PROTOTYPES = 1_000
+FEWEST_IN_MAP = 5  # images
+
+
+# -- log -------------------------------------------------------------------------------------------
+def write_log(directory, board, rows, warning=""):
+    """Print the latest of `rows` and the warning, add it to TensorBoard, and write log.csv.
+
+    board: a SummaryWriter. rows: {figure: value} per epoch. On the first rank only.
+    """
+    if get_rank_and_world()[0] > 0:
+        return
+    row = rows[-1]
+    print(format_epoch(row), flush=True)
+    if warning:
+        print(warning, flush=True)
+    for name, value in row.items():
+        if name != "epoch" and value is not None:
+            board.add_scalar(name, value, row["epoch"])
+
+    lines = [",".join(row)]
+    for past in rows:
+        cells = ["" if value is None else f"{value:.6g}" for value in past.values()]
+        lines.append(",".join(cells))
+    text = "".join(f"{line}\n" for line in lines)
+    write_atomically(directory / "log.csv", text.encode())
+
+
+def format_epoch(row):
+    """The figures of an epoch as one line of text."""
+    line = (
+        f"epoch {row['epoch']:3d}  "
+        f"loss_inst {row['loss_inst']:.3f}  loss_proto {row['loss_proto']:.3f}  "
+        f"acc_inst {row['acc_inst']:5.1f}  acc_proto {row['acc_proto']:5.1f}  "
+        f"lr {row['lr']:.4f}  {row['images_per_second']:.0f} images/s"
+    )
+    if row["skipped"]:
+        line += f"  {row['skipped']} steps skipped"
+    if row["knn"] is not None:
+        line += f"  kNN {row['knn']:.1f}"
+    return line
+
+
+# -- pictures --------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def new_figure(path, width, height, layout=None):
+    """Context with a matplotlib figure of `width` x `height` inches, written to `path` (PNG)."""
+    from matplotlib.figure import Figure  # here, because it would delay the start of every process
+
+    figure = Figure((width, height), layout=layout)
+    yield figure
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    write_atomically(path, file.getbuffer())
+
+
+def draw_curves(path, rows, warmup, knn_untrained):
+    """Draw losses, accuracies and learning rate over the epochs.
+
+    rows: {figure: value} per epoch. warmup: number of warm-up epochs.
+    knn_untrained: kNN accuracy before the first step in percent, or None. On the first rank only.
+    """
+    if get_rank_and_world()[0] > 0:
+        return
+    panels = {"loss": ("loss_inst", "loss_proto"), "accuracy (%)": ("acc_inst", "acc_proto")}
+    has_knn = knn_untrained is not None or any(row["knn"] is not None for row in rows)
+    if has_knn:
+        panels["kNN accuracy (%)"] = ("knn",)
+        grid, size = (2, 2), (8, 5.2)
+    else:
+        grid, size = (1, 3), (11, 2.7)
+    panels["learning rate"] = ("lr",)
+
+    with new_figure(path, *size, layout="constrained") as figure:
+        axes_grid = figure.subplots(*grid, sharex=True)
+        for axes, (title, names) in zip(axes_grid.flat, panels.items(), strict=True):
+            for name in names:
+                draw_curve(axes, rows, name, first=warmup if name.endswith("_proto") else 0)
+            if names == ("knn",) and knn_untrained is not None:
+                axes.axhline(knn_untrained, linestyle=":", label="untrained")
+            if rows[0]["epoch"] < warmup <= rows[-1]["epoch"]:
+                label = "end of the warm-up" if title == "loss" else ""
+                axes.axvline(warmup - 0.5, color="0.6", lw=0.8, label=label)
+            axes.legend(frameon=False, fontsize="small")
+            axes.set_title(title)
+            if axes.get_subplotspec().is_last_row():
+                axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+            axes.grid(alpha=0.3)
+
+
+def draw_curve(axes, rows, name, first):
+    """Draw the figure `name` from epoch `first` on, leaving out epochs without it."""
+    rows = [row for row in rows if row["epoch"] >= first and row[name] is not None]
+    epochs = [row["epoch"] for row in rows]
+    values = [row[name] for row in rows]
+    marker = "." if len(rows) < 30 else ""
+    axes.plot(epochs, values, marker=marker, label=name if rows else "")
+
+
+def draw_prototypes(path, images, features, clusters, epoch):
+    """Draw one prototype per row with its nearest images, from the tightest cluster to the loosest.
+
+    images: a data set with `image` and `labels` like data.Images. features: (M, D) unit rows.
+    clusters: the Clusters of these features.
+    """
+    im2cluster = clusters.im2cluster.cpu().numpy()
+    centroids = clusters.centroids.cpu().numpy()
+    density = clusters.density.cpu().numpy()
+
+    # clusters that fill a row, evenly spread from the tightest to the loosest
+    size = np.bincount(im2cluster, minlength=len(centroids))
+    order = density.argsort(kind="stable")
+    order = order[size[order] >= min(NEAREST, size.max())]
+    rows = min(PROTOTYPES, len(order))
+    order = order[np.linspace(0, len(order) - 1, rows).round().astype(int)]
+
+    with new_figure(path, CELL * (NEAREST + 2.8), CELL * (len(order) + 0.6)) as figure:
+        axes = figure.add_axes(
+            (0, 0, 1, 1),
+            xlim=(-3.3, NEAREST - 0.5),
+            ylim=(len(order) - 0.5, -1.1),
+            frame_on=False,
+        )
+        title = f"epoch {epoch}, {len(centroids)} clusters"
+        axes.text(-0.46, -0.8, title, va="center", weight="bold")
+        for row, k in enumerate(order):
+            members = np.flatnonzero(im2cluster == k)
+            text = describe_cluster(images.labels.numpy()[members], density[k])
+            axes.text(-0.62, row, text, ha="right", va="center", size=7)
+            nearest = members[np.argsort(-features[members] @ centroids[k])][:NEAREST]
+            for column, index in enumerate(nearest):
+                image = images.image(int(index)).convert("RGB")
+                image = ImageOps.pad(image, (166, 166), Image.BICUBIC, "white")
+                extent = (column - 0.46, column + 0.46, row + 0.46, row - 0.46)
+                axes.imshow(image, extent=extent)
+
+
+def describe_cluster(labels, phi):
+    """Size, purity and concentration of a cluster, as text. labels: (n,), -1 if unknown."""
+    counts = np.bincount(labels[labels >= 0])
+    purity = ""
+    if len(counts):
+        purity = f", {100 * counts.max() / counts.sum():.0f} % one class"
+    return f"{len(labels)} images{purity}\nphi {phi:.3f}"
+
+
+def draw_map(path, features, labels, classes, prototypes):
+    """Draw a t-SNE of images in the colours of their classes, with prototypes as stars.
+
+    features: (n, D). labels: (n,) int64, -1 if unknown. classes: their names.
+    prototypes: (K, D). Fewer than FEWEST_IN_MAP images are not drawn.
+    """
+    if len(features) < FEWEST_IN_MAP:
+        return
+    from sklearn.manifold import TSNE
+
+    # an even choice of images, and the prototypes, on the unit sphere
+    n = min(len(features), MAP_IMAGES)
+    k = min(len(prototypes), MAP_PROTOTYPES)
+    chosen = np.linspace(0, len(features) - 1, n).astype(int)
+    points = np.concatenate([features.cpu()[chosen], prototypes.cpu()[:k]])
+    points /= np.linalg.norm(points, axis=1, keepdims=True).clip(1e-12)
+
+    # init="random", because PCA fails if all points are the same
+    tsne = TSNE(perplexity=min(30, len(points) / 4), init="random", random_state=0)
+    x, y = tsne.fit_transform(points).T
+
+    has_legend = len(classes) <= 20
+    colors = class_colors(len(classes))
+    with new_figure(path, 7.5, 6, layout="constrained") as figure:
+        axes = figure.add_subplot(
+            title=f"{n} images, {k} prototypes", aspect=1, frame_on=False, xticks=[], yticks=[]
+        )
+        size = np.clip(6000 / n, 5, 18)
+        axes.scatter(x[:n], y[:n], size, colors[labels[chosen]], lw=0)
+        if has_legend:
+            for name, color in zip(classes, colors, strict=False):
+                # the space keeps names with "_" from being hidden, "\$" is no formula
+                label = " " + name[:30].replace("$", r"\$")
+                axes.plot([], [], "o", color=color, label=label)
+        size = np.clip(80 / k**0.5, 4, 10)
+        axes.plot(x[n:], y[n:], "w*", mec="black", mew=0.6, ms=size, label=" prototype")
+        if has_legend:
+            figure.legend(loc="outside right center", frameon=False)
+
+
+def class_colors(n):
+    """(n + 1, 4) RGBA colours for `n` classes; the last one, index -1, is for images without."""
+    from matplotlib import colormaps
+
+    if n <= 10:
+        colors = colormaps["tab10"](np.arange(n))
+    elif n <= 20:
+        colors = colormaps["tab20"](np.arange(n))
+    else:
+        colors = colormaps["turbo"](np.linspace(0, 1, n))
+    return np.vstack([colors, [0.85, 0.85, 0.85, 1]])
