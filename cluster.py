@@ -19,6 +19,10 @@ import torch
 IMAGENET = 1_281_167  # number of ImageNet's training images
 IMAGENET_CLUSTERS = (25_000, 50_000, 100_000)  # published for that many images
 CHUNK = 2**28  # distances that are computed at a time: 1 GB in float32
+ROWS = 2**16  # rows of features that are checked at a time
+LARGEST = 1e18  # length of a row; k-means squares differences of rows, and float32 ends at 3e38
+ROUNDING = 2e-3  # distances are off by up to this fraction of a row's length, about sqrt(32 eps)
+POINT = 0.05  # a cluster with less than this fraction of the usual extent is a point
 
 
 class Clusters(NamedTuple):
@@ -52,9 +56,12 @@ def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
         previous epoch. With those, half the iterations are enough. None: start from random samples.
     Returns a list of Clusters in the order of `num_cluster`. Each sample belongs to its nearest
         centroid before the centroids are normalised.
-    Raises ValueError if a number is below 1 or exceeds M.
+    Raises ValueError if a number is below 1 or exceeds M, or if a row of `features` or `init` is
+        not finite or longer than LARGEST. The message has the number of the first such row.
     """
-    features = np.ascontiguousarray(features, dtype=np.float32)
+    with np.errstate(over="ignore"):  # a float64 may be infinite in float32; the next line finds it
+        features = np.ascontiguousarray(features, dtype=np.float32)
+    lengths = row_lengths(features, "features")
     if init is None:
         init = [None] * len(num_cluster)
     if torch.cuda.is_available() and not faiss.get_num_gpus():
@@ -68,12 +75,13 @@ def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
             raise ValueError(f"cannot make {k} clusters of {len(features)} samples")
         if start is not None:
             start = np.ascontiguousarray(start, dtype=np.float32)
+            row_lengths(start, "the centroids to start from")
         centroids, squared, assignment = kmeans(features, k, niter, seed, start)
 
         length = np.linalg.norm(centroids, axis=1, keepdims=True)
         prototypes = centroids / length.clip(1e-12)
         distances = np.sqrt(squared.clip(0))  # rounding can make a square negative
-        density = concentration(distances, assignment, k, temperature)
+        density = concentration(distances, assignment, k, temperature, lengths)
         results.append(
             Clusters(
                 im2cluster=torch.from_numpy(assignment.astype(np.int64)),
@@ -82,6 +90,28 @@ def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
             )
         )
     return results
+
+
+def row_lengths(rows, name):
+    """The Euclidean length of each row of `rows` (M, D), in float64: (M,).
+
+    name: what the rows are, for the message.
+    Raises ValueError with the number of the first row that is not finite or longer than LARGEST:
+        one such row spoils every centroid in PyTorch, and ends the process in faiss.
+    """
+    lengths = np.empty(len(rows))
+    for first in range(0, len(rows), ROWS):
+        part = rows[first : first + ROWS]
+        squares = np.einsum("ij,ij->i", part, part, dtype=np.float64)
+        lengths[first : first + ROWS] = np.sqrt(squares)
+    bad = np.flatnonzero(~(lengths <= LARGEST))  # also true of nan
+    if len(bad):
+        row = bad[0]
+        problem = "too large to square"
+        if not np.isfinite(rows[row]).all():
+            problem = "not finite"
+        raise ValueError(f"row {row} of {name} is {problem} ({len(bad)} of {len(rows)} rows are)")
+    return lengths
 
 
 def _faiss_kmeans(features, k, niter, seed, start):
@@ -164,23 +194,42 @@ def _nearest(features, centroids):
         yield x, 2 * half + x.square().sum(1), number
 
 
-def concentration(distances, im2cluster, num_cluster, temperature):
+def concentration(distances, im2cluster, num_cluster, temperature, lengths=None):
     """The concentration phi of each cluster (PCL, eq. 12): (num_cluster,) float32 > 0.
 
     distances: (M,) Euclidean distance of each sample to its centroid.
     im2cluster: (M,) int, the cluster of each sample.
-    A cluster of Z samples has phi = sum(distances) / (Z log(Z + 10)). A cluster without extent (no
-    sample, one sample, or copies of one) gets the largest phi of the others. Then phi is clipped to
-    its 10th and 90th percentiles and scaled to the mean `temperature`.
+    lengths: (M,) Euclidean length of each sample, which limits the precision of its distance. None:
+        the distances are exact.
+    A cluster of Z samples has phi = sum(distances) / (Z log(Z + 10)). A cluster that is a point
+    gets the largest phi of the others. Then phi is clipped to its 10th and 90th percentiles and
+    scaled to the mean `temperature`. If all clusters are points, all get the mean.
+
+    A cluster is a point if its extent, the mean distance of its samples, is
+    - that of one sample or of none,
+    - within the rounding error of the distances, or
+    - less than POINT of the usual extent, the 90th percentile over the other clusters.
+    The last two are clusters of copies: burst photos, frames of a film, empty tiles. In float32
+    their distances are 1e-7 to 1e-3, not 0. Such an extent says nothing about how far the next
+    image may lie from the prototype, just as one sample says nothing. Taken at face value it gives
+    a phi near 0, and ProtoNCE, which divides by phi, explodes.
     """
     size = np.bincount(im2cluster, minlength=num_cluster)
     total = np.bincount(im2cluster, weights=distances, minlength=num_cluster)
+    extent = total / size.clip(1)
     phi = total / (size.clip(1) * np.log(size + 10))
 
-    no_extent = (size <= 1) | (total == 0)
-    if no_extent.all():
+    # clusters that are points
+    error = 0.0
+    if lengths is not None:
+        error = ROUNDING * np.bincount(im2cluster, weights=lengths, minlength=num_cluster)
+    is_point = (size <= 1) | (total <= error)
+    if not is_point.all():
+        usual = np.percentile(extent[~is_point], 90)
+        is_point |= extent < POINT * usual
+    if is_point.all():
         return np.full(num_cluster, temperature, dtype=np.float32)
-    phi[no_extent] = phi[~no_extent].max()
+    phi[is_point] = phi[~is_point].max()
 
     low, high = np.percentile(phi, [10, 90])
     phi = phi.clip(low, high)

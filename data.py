@@ -1,34 +1,98 @@
 """Data sets, and the order in which a run sees them.
 
 One argument names the data: nothing for the handwritten digits in `assets/`, the path of a folder
-of images (in ImageFolder layout or without classes), or a torchvision name such as "cifar10".
+of images (`read_root` lists the layouts), or a torchvision name such as "cifar10". Whatever a file
+holds, an image becomes 8-bit RGB.
 
     datasets = build_datasets()  # or build_datasets("path/to/folder"), build_datasets("cifar10")
     sampler = EpochSampler(len(datasets.train), batch_size=256)  # set_epoch(epoch) for each epoch
     loader = DataLoader(datasets.train, 256, sampler=sampler, collate_fn=identity_collate)
 """
 
+import contextlib
+import functools
 import hashlib
 import os
+import random
+import re
+import sys
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, ImageStat
 from torch.utils.data import Dataset, Sampler, default_collate
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+with contextlib.suppress(ImportError):  # a plug-in of Pillow for .heic, if it is installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
 SMALL = 64  # up to this many pixels: no blur, and the plain view keeps the border
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
 MEMORY = 4 << 30  # bytes that images in memory may take
+ENOUGH = 4  # a large JPEG file is read at this many times the side of a view, or more
+SHOWN = 5  # broken images that an error names
+HEADERS = 1024  # images whose header tells whether there are any of more than 8 bits
+SAMPLED = 100  # of these, the images whose values are looked at
 DOWNLOADS = {
     "cifar10": tv_datasets.CIFAR10,
     "cifar100": tv_datasets.CIFAR100,
     "stl10": tv_datasets.STL10,
+}
+
+
+# -- suffixes, and names of folders ----------------------------------------------------------------
+SUFFIXES = (*tv_datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".pbm", ".pfm", ".pnm")
+SUFFIXES += (".avif", ".heic", ".heif")  # of these two kinds only if Pillow has the plug-in
+PLUG_INS = {
+    ".avif": " (a newer Pillow reads them)",
+    ".heic": " (pip install pillow-heif to read them)",
+    ".heif": " (pip install pillow-heif to read them)",
+}
+PARTS = ("train", "training")  # of training images; then of held-out images, the best name first
+PARTS += ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing", "heldout")
+SYSTEM_FOLDERS = (  # hidden ones that do not start with a dot, in lower case
+    "@eadir",
+    "@recycle",
+    "@recently-snapshot",
+    "@tmp",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "__macosx",
+    "__pycache__",
+    "lost+found",
+    "system volume information",
+)
+THUMBNAILS = ("thumb", "thumbs", "thumbnail", "thumbnails")  # if there are images beside them
+
+# -- how files store pixels ------------------------------------------------------------------------
+TURNS = {  # what brings an image upright, by EXIF's number of its orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+OTHER_ENDIAN = "B" if sys.byteorder == "little" else "L"
+LOW_BYTES = {  # {Pillow's name of 16-bit colours in a file: the name that reads their low bytes}
+    "RGB;16L": "RGB;16B",
+    "RGB;16B": "RGB;16L",
+    "RGB;16N": f"RGB;16{OTHER_ENDIAN}",
+    "RGBA;16L": "RGBA;16B",
+    "RGBA;16B": "RGBA;16L",
+    "RGBA;16N": f"RGBA;16{OTHER_ENDIAN}",
+    "LA;16B": "RGBA",
 }
 
 
@@ -44,25 +108,31 @@ def derive_seed(*numbers):
 class Images(Dataset):
     """The images of `source` under `view`: item i is `(view(image i), i)`.
 
-    source: data set of (PIL image, label) that also has the labels in `.targets` or `.labels`.
+    source: a Source, or what a Source reads.
     view: maps a PIL image to a uint8 tensor (..., 3, H, W).
     seed: a random view depends on (seed, epoch, i) alone, not on the workers or the order.
     pixels: (n, 3, H, W) uint8 on any device. If given, batches are taken from it, without `view`.
-    `labels`: (n,) int64, -1 for an image without a label.
 
     An image is read when its item is taken, so a broken file raises DataError only then. A
     DataLoader takes whole batches (`__getitems__`) and therefore needs identity_collate.
     """
 
     def __init__(self, source, view, seed=0, pixels=None):
+        if not isinstance(source, Source):
+            source = Source(source)
         self.source = source
         self.view = view
         self.seed = seed
         self.pixels = pixels
-        labels = source.targets if hasattr(source, "targets") else source.labels
-        self.labels = torch.as_tensor(labels).long()
         # Shared memory: set_epoch must reach loader workers that are already running.
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    @property
+    def labels(self):
+        """(n,) int64. It is -1 for an image without a label, and for one found to be broken."""
+        if not self.source.broken.any():
+            return self.source.labels
+        return self.source.labels.masked_fill(self.source.broken, -1)
 
     def set_epoch(self, epoch):
         """Give the random views of `epoch` from now on, also in workers that are running."""
@@ -84,20 +154,8 @@ class Images(Dataset):
         return self.pixels[index.to(self.pixels.device, non_blocking=True)], index
 
     def image(self, index):
-        """Image `index` as stored, converted to RGB. Raises DataError if it cannot be read."""
-        try:
-            image = self.source[index][0]
-            if image.mode.startswith("I;16"):  # convert() would clip all values above 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
-        except Exception as error:  # broken files can raise anything
-            if hasattr(self.source, "samples"):
-                name = repr(self.source.samples[index][0])
-            else:
-                name = f"image {index}"
-            raise DataError(
-                f"cannot read {name}: {type(error).__name__}; repair or remove the file"
-            ) from error
+        """Image `index` as 8-bit RGB. Raises DataError if it cannot be read."""
+        return self.source.image(index)
 
 
 def identity_collate(batch):
@@ -148,6 +206,8 @@ class Datasets(NamedTuple):
     image_size: int  # side of a view, in pixels
     augmentation: dict  # keyword arguments of augment.RandomView that suit the data
     fingerprint: str  # changes if training images are added, removed, renamed or relabelled
+    left_out: str = ""  # what a folder holds besides, such as "20 .gif, 1 hidden folder"
+    notes: tuple = ()  # what else to know about the data, a line each
 
     def describe(self):
         """A summary such as "300 training images, 60 held out, 10 classes, 32 pixels"."""
@@ -156,12 +216,13 @@ class Datasets(NamedTuple):
             parts.append(f"{len(self.val)} held out")
         if not self.classes:
             parts.append("no classes")
-        elif len(self.classes) == 1:
-            parts.append("1 class")
         else:
-            parts.append(f"{len(self.classes)} classes")
+            parts.append(_count(len(self.classes), "class", "classes"))
         parts.append(f"{self.image_size} pixels")
-        return ", ".join(parts)
+        summary = ", ".join(parts)
+        if self.left_out:
+            summary += f"; left out: {self.left_out}"
+        return summary
 
     @property
     def labelled(self):
@@ -169,6 +230,21 @@ class Datasets(NamedTuple):
         if self.val is None:
             return False
         return all((images.labels >= 0).any() for images in (self.plain, self.val))
+
+    @property
+    def has_labels(self):
+        """Whether any image has a label."""
+        parts = [images for images in (self.plain, self.val) if images is not None]
+        return any((images.labels >= 0).any() for images in parts)
+
+    @property
+    def sources(self):
+        """The Source of the training images and, if there are any, of the held-out images."""
+        return [images.source for images in (self.train, self.val) if images is not None]
+
+    def num_broken(self):
+        """How many images were found to be broken."""
+        return sum(int(source.broken.sum()) for source in self.sources)
 
 
 class Digits(list):
@@ -219,58 +295,82 @@ def load_into_memory(datasets, device="cpu"):
 
     Training images are stored whole, because random crops are taken from them later. The plain and
     the held-out images are stored under their view.
-    Returns `datasets` unchanged if the training images differ in size, or if all images together
-        take more than MEMORY bytes.
-    Raises DataError if an image cannot be read.
+    Returns `datasets` unchanged if the training images differ in size, if they are large (above 64
+        pixels, and above twice the view), or if all images together take more than MEMORY bytes.
+    Raises DataError if images cannot be read. It names the first few of them, and the `broken` of
+        each source marks all.
     """
-    whole = Images(datasets.train.source, T.PILToTensor())
-    shape = whole[0][0].shape
+    source = datasets.train.source
+    whole = Images(source, T.PILToTensor())
     side = datasets.image_size
 
-    # Leave a large data set on the disk.
+    # Leave a large data set, and large images, on the disk.
+    shape = _first_shape(whole)
     num_views = len(datasets.plain)
     if datasets.val is not None:
         num_views += len(datasets.val)
-    if len(whole) * shape.numel() + num_views * 3 * side**2 > MEMORY:
+    too_many = len(whole) * shape.numel() + num_views * 3 * side**2 > MEMORY
+    too_large = max(shape) > max(SMALL, 2 * side)
+    train_pixels = None
+    if not (too_many or too_large):
+        train_pixels = _read_all(whole, shape, "reading training images")
+    if train_pixels is None:
+        refuse_broken([source])
         return datasets
 
-    # Read the training images.
-    whole_images = []
-    for image in _read_all(whole, "reading training images"):
-        if image.shape != shape:
-            return datasets
-        whole_images.append(image)
-    train_pixels = torch.stack(whole_images).to(device)
-
-    # Read them again under the plain view, unless it shows all of the image.
-    plain_pixels = train_pixels
-    if side > SMALL or shape[1:] != (side, side):
-        plain_images = list(_read_all(datasets.plain, "cropping training images"))
-        plain_pixels = torch.stack(plain_images).to(device)
-
-    # Read the held-out images.
+    # Read the held-out images, and name all broken ones at once.
     val = datasets.val
     if val is not None:
-        val_images = list(_read_all(val, "reading held-out images"))
-        val = Images(val.source, val.view, pixels=torch.stack(val_images).to(device))
+        val_pixels = _read_all(val, (3, side, side), "reading held-out images")
+    refuse_broken(datasets.sources)
+    if val is not None:
+        val = Images(val.source, val.view, pixels=val_pixels.to(device))
 
-    train = Images(datasets.train.source, datasets.train.view, pixels=train_pixels)
-    plain = Images(datasets.plain.source, datasets.plain.view, pixels=plain_pixels)
+    # Read the training images again under the plain view, unless it shows all of the image.
+    train_pixels = train_pixels.to(device)
+    plain_pixels = train_pixels
+    if side > SMALL or shape[1:] != (side, side):
+        plain_pixels = _read_all(datasets.plain, (3, side, side), "cropping training images")
+        plain_pixels = plain_pixels.to(device)
+
+    train = Images(source, datasets.train.view, pixels=train_pixels)
+    plain = Images(source, datasets.plain.view, pixels=plain_pixels)
     return datasets._replace(train=train, plain=plain, val=val)
 
 
-def _read_all(images, title):
-    """Yield the view of each of `images`, with a progress bar titled `title`."""
+def _first_shape(images):
+    """The shape of the first view that can be read."""
+    for i in range(len(images)):
+        with contextlib.suppress(DataError):
+            return images[i][0].shape
+    refuse_broken([images.source])
+
+
+def _read_all(images, shape, title):
+    """The views of all `images`, (n, *shape) uint8, or None if one has another shape.
+
+    The views of broken images are left undefined; the source marks them.
+    title: of the progress bar.
+    """
+    pixels = torch.empty(len(images), *shape, dtype=torch.uint8)
     for i in tqdm(range(len(images)), title, leave=False, disable=None):
-        yield images[i][0]
+        with contextlib.suppress(DataError):
+            view, _ = images[i]
+            if view.shape != pixels.shape[1:]:
+                return None
+            pixels[i] = view
+    return pixels
 
 
-def build_datasets(data=None, image_size=None, seed=0, download_dir="datasets", **augmentation):
+def build_datasets(
+    data=None, image_size=None, seed=0, download_dir="datasets", skip_broken=False, **augmentation
+):
     """The training, plain and held-out images of `data`.
 
     data: None or "digits", a folder, or a name in DOWNLOADS.
     image_size: side of a view in pixels. None: the images' median shorter side, at most 224.
     download_dir: where torchvision keeps the data sets it downloads.
+    skip_broken: let another image take the place of one that cannot be read.
     augmentation: keyword arguments of augment.RandomView. If blur, flip or crop_min is None or not
         given, it follows from the data: no blur up to 64 pixels, and for digits no flip and only
         large crops.
@@ -279,11 +379,15 @@ def build_datasets(data=None, image_size=None, seed=0, download_dir="datasets", 
     """
     # Find the images.
     digits = data in (None, "digits")
+    left_out = ""
+    notes = []
     if digits:
         train = Digits(slice(None, -360))
         val = Digits(slice(-360, None))  # by other writers than the training digits
     elif Path(data).is_dir():
-        train, val = _read_root(Path(data))
+        train, val, record = read_root(Path(data))
+        left_out = record.left_out()
+        notes = record.notes
     elif data in DOWNLOADS:
         train, val = _download(data, download_dir)
     else:
@@ -302,102 +406,696 @@ def build_datasets(data=None, image_size=None, seed=0, download_dir="datasets", 
         if value is not None:
             settings[name] = value
 
+    # Decide how to read the images.
+    headers = {i: read_header(train, i) for i in spread(len(train), HEADERS)}
+    ranges, more_notes = find_ranges(train, headers)
+    reading = {
+        "ranges": ranges,
+        "enough": ENOUGH * image_size,
+        "skip_broken": skip_broken,
+        "seed": seed,
+    }
+    train = Source(train, **reading)
+    train.broken[[i for i, header in headers.items() if header is None]] = True
+    notes = [*notes, *more_notes, *_warn_of_blank_images(train)]
+
     # Attach the views.
     two_crops = TwoCrops(image_size, scale=(settings["crop_min"], 1.0))
     crops = Images(train, two_crops, seed)
     plain = Images(train, plain_view(image_size))
     classes = train.classes
     if val is not None:
-        val = Images(val, plain_view(image_size))
+        val = Images(Source(val, **reading), plain_view(image_size))
         if not classes:
             classes = val.source.classes
-    fingerprint = _fingerprint(train, plain.labels)
-    return Datasets(crops, plain, val, classes, image_size, settings, fingerprint)
+    return Datasets(
+        train=crops,
+        plain=plain,
+        val=val,
+        classes=classes,
+        image_size=image_size,
+        augmentation=settings,
+        fingerprint=_fingerprint(train),
+        left_out=left_out,
+        notes=tuple(notes),
+    )
 
 
-def _median_size(source):
-    """The median shorter side of up to 64 images of `source`, at most 224."""
-    images = Images(source, None)
-    probe = np.linspace(0, len(source) - 1, min(len(source), 64)).astype(int)
-    sides = [min(images.image(int(i)).size) for i in probe]
+def _median_size(files):
+    """The median shorter side of up to 64 images of `files`, at most 224."""
+    probe = spread(len(files), 64)
+    headers = [read_header(files, i) for i in probe]
+    sides = [min(header[0]) for header in headers if header is not None]
+    if not sides:
+        Source(files).read(probe[0])  # raises the error
     return min(224, int(np.median(sides)))
 
 
-def _fingerprint(source, labels):
+def _warn_of_blank_images(source):
+    """A note in a list if nearly all images of `source` are of one colour, else an empty list."""
+    looked_at = 0
+    blank = 0
+    for i in spread(len(source), 16):
+        with contextlib.suppress(DataError):
+            extrema = source.read(i).getextrema()
+            looked_at += 1
+            blank += all(low == high for low, high in extrema)
+    if blank < 2 or blank < 0.9 * looked_at:
+        return []
+    return [f"{blank} of {looked_at} images looked at are of one colour: check how they are stored"]
+
+
+def _fingerprint(source):
     """A hash of the classes, file names and labels of `source`."""
-    names = []
-    if hasattr(source, "samples"):
-        names = [path.removeprefix(source.root) for path, _ in source.samples]
-    content = repr([source.classes, names, labels.tolist()])
+    # names start with a slash, as they always have: checkpoints hold their hash
+    names = [f"{os.sep}{name}" for name in source.names()]
+    content = repr([source.classes, names, source.labels.tolist()])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-class UnlabelledFolder(tv_datasets.ImageFolder):
-    """All images below a folder, at any depth, with the label -1."""
-
-    def find_classes(self, directory):
-        return [], {}
-
-    def make_dataset(self, directory, *args, **kwargs):
-        paths = []
-        for folder, _, names in os.walk(directory, followlinks=True):
-            paths += [os.path.join(folder, name) for name in names]
-        return [(path, -1) for path in sorted(paths) if tv_datasets.folder.is_image_file(path)]
+def spread(n, count):
+    """Up to `count` of the numbers 0 to n - 1, evenly spaced."""
+    return np.linspace(0, n - 1, min(n, count)).astype(int).tolist()
 
 
-def _read_root(root):
-    """The training images and the held-out images (None if there are none) of the folder `root`.
+def _count(n, one, many=None):
+    """Text such as "1 file" or "2 files"."""
+    if n == 1:
+        return f"1 {one}"
+    return f"{n} {many or one + 's'}"
 
-    Training images are in `root`/train, held-out images in `root`/val or `root`/test. If there is
-    no `root`/train, all images below `root` are training images.
+
+# -- reading images --------------------------------------------------------------------------------
+class Source:
+    """Some images of a data set, read as 8-bit RGB, and their labels.
+
+    files: data set of (PIL image, label) that has `.targets` or `.labels`; each item is opened
+        anew, so that its pixels are still to be read.
+    ranges: {kind: (low, high)} from find_ranges.
+    enough: a JPEG file is read at a half, a quarter or an eighth of its size if both sides still
+        have this many pixels. None: never.
+    skip_broken: let another image take the place of one that cannot be read.
+    seed: which image that is depends on (seed, index) alone.
+    `labels`: (n,) int64, -1 for an image without a label.
+    `broken`: (n,) bool, whether an image was found to be broken, also by loader workers.
     """
-    if not (root / "train").is_dir():
-        return _read_folder(root), None
-    train = _read_folder(root / "train")
-    held_out = [path for path in (root / "val", root / "test") if path.is_dir()]
-    if not held_out:
-        return train, None
-    val = _read_folder(held_out[0])
-    if train.classes and val.classes != train.classes:
+
+    def __init__(self, files, ranges=None, enough=None, skip_broken=False, seed=0):
+        self.files = files
+        self.ranges = ranges or {}
+        self.enough = enough
+        self.skip_broken = skip_broken
+        self.seed = seed
+        self.classes = getattr(files, "classes", [])
+        self.samples = getattr(files, "samples", None)  # (path, label) of each, in a folder
+        labels = files.targets if hasattr(files, "targets") else files.labels
+        self.labels = torch.as_tensor(labels).long()
+        self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()
+        self.reasons = {}  # why images are broken, as far as this process has read them
+
+    def __len__(self):
+        return len(self.files)
+
+    def image(self, index):
+        """Image `index`, or the one that takes its place.
+
+        Raises DataError if it cannot be read; with skip_broken, if that is so for more than 1 %.
+        """
+        if not self.skip_broken:
+            return self.read(index)
+        chooser = random.Random(derive_seed(self.seed, index))
+        while True:
+            if not self.broken[index]:
+                with contextlib.suppress(DataError):
+                    return self.read(index)
+            refuse_broken([self])
+            index = chooser.randrange(len(self))
+
+    def read(self, index):
+        """Image `index`. Raises DataError if it cannot be read."""
+        try:
+            open_image = functools.partial(_open, self.files, index)
+            return to_rgb(open_image, self.ranges, self.enough)
+        except Exception as error:  # broken files can raise anything
+            self.broken[index] = True
+            self.reasons[index] = getattr(error, "strerror", None) or type(error).__name__
+            raise DataError(
+                f"cannot read {self.name(index)}: {self.reasons[index]}; repair or remove the "
+                "file, or leave it out with --skip-broken"
+            ) from error
+
+    def name(self, index):
+        """What to call image `index` in a message."""
+        if self.samples is None:
+            return f"image {index}"
+        return repr(self.samples[index][0])
+
+    def names(self):
+        """The files' names, relative to their folder; [] if the images are not in a folder."""
+        if self.samples is None:
+            return []
+        return [path.removeprefix(self.files.root).lstrip(os.sep) for path, _ in self.samples]
+
+    def broken_names(self):
+        """The paths of the broken images, or what else to call them."""
+        names = []
+        for index in self.broken.nonzero()[:, 0].tolist():
+            names.append(self.name(index) if self.samples is None else self.samples[index][0])
+        return names
+
+    def too_many_broken(self):
+        """Whether more images are broken than may be left out: 1 %, or a single one of few."""
+        allowed = 0
+        if self.skip_broken and len(self) > 1:
+            allowed = max(1, len(self) // 100)
+        return int(self.broken.sum()) > allowed
+
+
+def refuse_broken(sources):
+    """Raise DataError, naming the first few, if too many images of `sources` are broken."""
+    refused = [source for source in sources if source.too_many_broken()]
+    if not refused:
+        return
+    named = []
+    total = 0
+    for source in refused:
+        total += len(source)
+        for index in source.broken.nonzero()[:, 0].tolist():
+            reason = source.reasons.get(index)
+            named.append(source.name(index) + (f" ({reason})" if reason else ""))
+    text = ", ".join(named[:SHOWN])
+    if len(named) > SHOWN:
+        text += f" and {len(named) - SHOWN} more"
+    advice = "repair or remove them, or leave them out with --skip-broken"
+    if refused[0].skip_broken:
+        advice = "more than 1 % are too many to leave out; repair or remove them"
+    raise DataError(f"{len(named)} of {total} images cannot be read: {text}; {advice}")
+
+
+def _open(files, index):
+    return files[index][0]
+
+
+def read_header(files, index):
+    """(width, height) and kind of image `index`, without its pixels; None if it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _open(files, index) as image:
+                return image.size, kind_of(image)
+    except Exception:  # broken files can raise anything
+        return None
+
+
+def to_rgb(open_image, ranges, enough=None):
+    """The image that `open_image()` opens, in 8-bit RGB, as a viewer would show it.
+
+    Values of more than 8 bits are scaled, transparent parts are filled, and the orientation that a
+    camera has noted is applied. See Source for `ranges` and `enough`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, for instance of odd metadata
+        image = open_image()
+        if enough is not None:
+            image.draft(image.mode, (enough, enough))
+        kind = kind_of(image)
+        image.load()
+        shown = image
+        if kind is not None:
+            shown = _to_8_bits(image, open_image, ranges.get(kind))
+        shown = _without_transparency(shown)
+        turn = TURNS.get(_orientation(image))
+        if turn is not None:
+            shown = shown.transpose(turn)
+        return shown
+
+
+def _orientation(image):
+    """How the camera was held: 1 to 8, by EXIF. 1 if the image does not say."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # broken metadata can raise anything
+        return 1
+
+
+def _without_transparency(image):
+    """`image` in RGB. Its transparent parts become white or, if the rest is light, black."""
+    if image.mode == "LAB":
+        lab = ImageCms.createProfile("LAB")
+        rgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "La":  # grey, multiplied by alpha: converts to LA only
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    image = image.convert("RGB")
+    least, most = alpha.getextrema()
+    if least == 255 or most == 0:  # if nothing is visible, show what is below
+        return image
+    light = ImageStat.Stat(image.convert("L"), alpha).mean[0] > 127
+    background = Image.new("RGB", image.size, "black" if light else "white")
+    background.paste(image, mask=alpha)
+    return background
+
+
+# -- images of more than 8 bits --------------------------------------------------------------------
+def kind_of(image):
+    """What an image of more than 8 bits holds, in words; None for other images."""
+    if image.mode.startswith("I;16"):
+        return "16-bit"
+    if _raw_mode(image) in LOW_BYTES:
+        return "16-bit colour"
+    return {"I": "32-bit", "F": "float"}.get(image.mode)
+
+
+def _raw_mode(image):
+    """How the file of an image that was just opened stores its pixels; "" if unknown."""
+    for tile in getattr(image, "tile", ()):
+        arguments = tile[3]
+        if isinstance(arguments, tuple) and arguments:
+            arguments = arguments[0]
+        if isinstance(arguments, str):
+            return arguments
+    return ""
+
+
+def find_ranges(files, headers):
+    """The values to show as 0 and 255 in the images of more than 8 bits, by kind of image.
+
+    They are the smallest and the largest value, without outliers. They depend on the training
+    images alone, so that training and evaluation see the same.
+    files: what a Source reads. headers: {index: what read_header returns} of some images. Of each
+        kind among them, the pixels of up to SAMPLED images are read.
+    Returns {kind: (low, high)}, and a list of notes.
+    """
+    indices = {}  # {kind: indices of the images}
+    for i, header in headers.items():
+        if header is not None and header[1] is not None:
+            indices.setdefault(header[1], []).append(i)
+    ranges = {}
+    notes = []
+    for kind, found in indices.items():
+        samples = []
+        for i in [found[j] for j in spread(len(found), SAMPLED)]:
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                open_image = functools.partial(_open, files, i)
+                values, _ = _read_values(open_image(), open_image)
+                samples.append(_some_of(values))
+        if not samples:
+            continue
+        ranges[kind] = _find_range(np.concatenate(samples))
+        low, high = ranges[kind]
+        note = f"{kind} images: values from {low:g} to {high:g} are shown as 0 to 255"
+        if len(headers) < len(files) or len(samples) < len(found):
+            note += f", by a sample of {_count(len(samples), 'image')}"
+        notes.append(note)
+    return ranges, notes
+
+
+def _some_of(values):
+    """Up to 20,000 of the finite `values`, the smallest and the largest among them: (m,)."""
+    values = values.ravel()
+    if values.dtype.kind == "f":
+        values = values[np.isfinite(values)]
+    if not values.size:
+        return values
+    some = values[:: 1 + values.size // 20_000]
+    return np.concatenate([some, [values.min(), values.max()]])
+
+
+def _find_range(values):
+    """(smallest, largest) of `values` (m,), without outliers if they take most of the range."""
+    if not values.size:
+        return 0.0, 1.0
+    low, inner_low, inner_high, high = np.percentile(values.astype(float), (0, 0.1, 99.9, 100))
+    if 0 < inner_high - inner_low < (high - low) / 8:
+        return float(inner_low), float(inner_high)
+    return float(low), float(high)
+
+
+def _to_8_bits(image, open_image, range_of_kind):
+    """An image of more than 8 bits in mode L, RGB or RGBA. Without a range, its own is used."""
+    values, alpha = _read_values(image, open_image)
+    if range_of_kind is None:
+        range_of_kind = _find_range(_some_of(values))
+    low, high = range_of_kind
+    scale = 255 / (high - low) if high > low else 0.0
+    shades = np.empty(values.shape, np.uint8)
+    rows = 1 + 100_000 // max(1, values[0].size)
+    for first in range(0, len(values), rows):  # some rows at a time, which saves memory
+        part = values[first : first + rows].astype(float)
+        part = np.nan_to_num(part, nan=low, posinf=high, neginf=low).clip(low, high)
+        shades[first : first + rows] = np.rint((part - low) * scale)
+    shown = Image.fromarray(shades)
+    if alpha is not None:
+        shown.putalpha(Image.fromarray(alpha))
+    return shown
+
+
+def _read_values(image, open_image):
+    """The values of an image of more than 8 bits, and its alpha channel in 8 bits or None.
+
+    image: the image that `open_image()` opens.
+    Returns arrays (H, W) or, for colours, (H, W, 3); and (H, W).
+    """
+    image.load()
+    if image.mode not in ("RGB", "RGBA"):
+        return np.asarray(image), None
+
+    # Pillow keeps the high byte of 16-bit colours. In the other byte order that is the low byte.
+    second = open_image()
+    raw_mode = _raw_mode(second)
+    tiles = []
+    for tile in second.tile:
+        arguments = tile[3]
+        if isinstance(arguments, tuple):
+            arguments = (LOW_BYTES[raw_mode], *arguments[1:])
+        else:
+            arguments = LOW_BYTES[raw_mode]
+        make = getattr(tile, "_make", tuple)  # plain tuples before Pillow 11
+        tiles.append(make((*tile[:3], arguments)))
+    second.tile = tiles
+    second.load()
+    high = np.asarray(image)
+    low = np.asarray(second)
+    alpha = None
+    if raw_mode == "LA;16B":  # read as four bytes: grey, then alpha, two bytes each
+        return low[..., 0].astype(np.uint16) << 8 | low[..., 1], low[..., 2]
+    if high.shape[2] == 4:
+        alpha = high[..., 3]
+    return high[..., :3].astype(np.uint16) << 8 | low[..., :3], alpha
+
+
+# -- folders ---------------------------------------------------------------------------------------
+class Folder:
+    """Images in files: item i is (PIL image whose pixels are still to be read, label).
+
+    samples: (path, label) of each image. The label is its class's position in `classes`, or -1.
+    """
+
+    def __init__(self, root, classes, samples):
+        self.root = str(root)
+        self.classes = classes
+        self.samples = samples
+        self.targets = [label for _, label in samples]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        return Image.open(path), label
+
+
+def read_root(root):
+    """The images of the folder `root`, by the first of these layouts that fits.
+
+    - parts: train/ and perhaps val/ or test/ (PARTS has the other names), each with a folder per
+      class, or with images and no classes;
+    - a folder per class: all images are training images;
+    - images at any depth, without classes.
+
+    Folders around all that, alone in their parent, make no difference.
+    Returns (training images, held-out images or None, Record). The images are a Folder each.
+    Raises DataError if there are no images, or if the layout is unclear.
+    """
+    record = Record()
+    branch = _scan(root, record)
+    top = _unwrap(branch)
+    train_names = sorted(filter(_is_train, top.children), key=_part_key)
+    train_names.sort(key=lambda name: top.children[name].count == 0)  # empty ones last
+    if train_names:
+        train, val = _read_parts(top, train_names[0], record)
+    elif _is_train(root.name) or _is_held_out(root.name):  # `root` is one part of a larger folder
+        top = branch
+        train = _read_branch(top, 1, record)
+        val = None
+    else:
+        train = _read_without_parts(branch, top, record)
+        val = None
+    if not train.samples:
+        left_out = record.left_out()
+        if left_out:
+            left_out = f" (left out: {left_out})"
         raise DataError(
-            f"{val.root} and {train.root} have different class folders; make them the same"
+            f"{train.root} has no images{left_out}; give a folder of images or one with "
+            "train/CLASS/*.jpg"
         )
+    if top is not branch and train.root != branch.path:
+        record.notes.append(f"the images are in {top.path!r}")
+    return train, val, record
+
+
+class Record:
+    """What was left out when a folder was read, and notes on what is not certain."""
+
+    def __init__(self):
+        self.skipped = Counter()  # {a file's suffix or what else it is: number}
+        self.folders = []  # in words
+        self.notes = []
+
+    def left_out(self):
+        """What was left out, such as "20 .gif, 1 hidden folder"; "" if nothing was."""
+        parts = []
+        suffixes = Counter()
+        for what, number in self.skipped.items():
+            if what.startswith("."):
+                suffixes[what] = number
+        for suffix, number in suffixes.most_common(SHOWN):
+            name = suffix if suffix.isprintable() else repr(suffix)
+            parts.append(f"{number} {name}{PLUG_INS.get(suffix, '')}")
+        number = suffixes.total() - sum(n for _, n in suffixes.most_common(SHOWN))
+        if number:
+            parts.append(_count(number, "other file"))
+        for what, number in self.skipped.items():
+            if number and not what.startswith("."):
+                plural = re.sub(r"\b(file|folder|image)\b", r"\1s", what, count=1)
+                parts.append(_count(number, what, plural))
+        return ", ".join(parts + self.folders)
+
+
+class Branch:
+    """A folder and what is in it.
+
+    path: text. `images`: names of the images in it, sorted. `children`: {name: Branch} of the
+    folders in it. `count`: number of images in it and below.
+    """
+
+    def __init__(self, path, parent=None):
+        self.path = path
+        self.parent = parent
+        self.images = []
+        self.children = {}
+        self.count = 0
+
+    def add_images(self, names):
+        self.images = sorted(names)
+        branch = self
+        while branch is not None:
+            branch.count += len(names)
+            branch = branch.parent
+
+    def full(self):
+        """The folders in it with images in or below them, {name: Branch}, sorted by name."""
+        return {
+            name: self.children[name] for name in sorted(self.children) if self.children[name].count
+        }
+
+    def paths(self):
+        """The paths of the images in it and below, folder by folder."""
+        found = []
+        branches = [self]
+        while branches:
+            branch = branches.pop()
+            found += [(branch.path, name) for name in branch.images]
+            branches += branch.children.values()
+        return [os.path.join(*pair) for pair in sorted(found)]
+
+
+def _scan(root, record):
+    """The Branch of the folder `root`. Hidden files and other odd ones go to the `record`."""
+    suffixes = _image_suffixes()
+    top = Branch(str(root))
+    branches = {top.path: top}
+
+    def note_unreadable(_):
+        record.skipped["unreadable folder"] += 1
+
+    for path, folders, names in os.walk(top.path, onerror=note_unreadable, followlinks=True):
+        branch = branches[path]
+        images = []
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                record.skipped["hidden file"] += 1
+            elif suffix in suffixes:
+                images.append(name)
+            else:
+                record.skipped[suffix or "file without suffix"] += 1
+        branch.add_images(images)
+
+        for name in list(folders):
+            folder = os.path.join(path, name)
+            what = _why_to_skip(folder, name, images)
+            if what is not None:
+                record.skipped[what] += 1
+                folders.remove(name)
+                continue
+            _check_link(Path(folder))
+            branches[folder] = branch.children[name] = Branch(folder, branch)
+    return top
+
+
+def _image_suffixes():
+    """The suffixes of the files to read, as far as this Pillow reads them."""
+    return set(SUFFIXES) & set(Image.registered_extensions())
+
+
+def _why_to_skip(folder, name, images):
+    """What kind of folder this is, if its images are not to be read; else None.
+
+    images: those beside it.
+    """
+    if name.startswith(".") or name.lower() in SYSTEM_FOLDERS:
+        return "hidden folder"
+    if images and name.lower() in THUMBNAILS:
+        return "folder of thumbnails"
+    if os.path.exists(os.path.join(folder, "checkpoint.pth.tar")):
+        return "folder of a run"
+    return None
+
+
+def _check_link(link):
+    """Raise DataError if the folder is a link that leads back to a folder that contains it."""
+    if link.is_symlink() and link.resolve() in [parent.resolve() for parent in link.parents]:
+        raise DataError(
+            f"the link {str(link)!r} leads back to a folder that contains it; remove it"
+        )
+
+
+def _unwrap(branch):
+    """The folder that holds everything: `branch`, or one below that is alone in its parent."""
+    while not branch.images and len(branch.full()) == 1:
+        if any(map(_is_train, branch.children)):
+            break
+        [branch] = branch.full().values()
+    return branch
+
+
+def _is_train(name):
+    """Whether a folder of this name is the part of the training images."""
+    return _part(name) in PARTS[:2]
+
+
+def _is_held_out(name):
+    """Whether a folder of this name is a part of held-out images."""
+    return _part(name) in PARTS[2:]
+
+
+def _part(name):
+    """The name of a part in the spelling of PARTS: "Train_Set" and "train2017" are "train"."""
+    words = re.split(r"[\W_]+", name.lower())
+    word = "".join(word for word in words if word not in ("set", "data", "images", "split"))
+    return re.sub(r"(set|\d+)$", "", word)
+
+
+def _part_key(name):
+    """The order of preference among folders that are parts."""
+    return PARTS.index(_part(name)), name != _part(name), name
+
+
+def _read_parts(top, train_name, record):
+    """The training images, in the folder `train_name` of `top`, and the held-out images or None."""
+    train = _read_branch(top.children[train_name], 1, record)
+
+    # the first part of held-out images that suits them
+    others = top.full()
+    others.pop(train_name, None)
+    val = None
+    for name in sorted(filter(_is_held_out, others), key=_part_key):
+        found = _read_branch(others[name], 1, record)
+        if found.classes or not train.classes:
+            val = _with_classes_of(train, found, record)
+            del others[name]
+            break
+
+    # what is beside them
+    for name, branch in others.items():
+        record.folders.append(f"the folder {name!r} ({_count(branch.count, 'image')})")
+    record.skipped["image beside the folders"] += len(top.images)
     return train, val
 
 
-def _read_folder(directory):
-    """The images below `directory`.
-
-    Returns an ImageFolder if `directory` is a train/, val/ or test/ with a folder per class, else
-    an UnlabelledFolder.
-    """
-    _check_links(directory)
-    has_classes = directory.name in ("train", "val", "test") and any(
-        path.is_dir() for path in directory.iterdir()
-    )
-    folder_type = tv_datasets.ImageFolder if has_classes else UnlabelledFolder
-    try:
-        images = folder_type(str(directory), loader=Image.open)
-    except FileNotFoundError as error:
-        raise DataError(f"{directory} has folders without images; remove them ({error})") from error
-    if len(images) == 0:
+def _with_classes_of(train, val, record):
+    """The held-out images `val`, with labels by the classes of `train` if that has any."""
+    if not train.classes:
+        return val
+    unknown = [name for name in val.classes if name not in train.classes]
+    if unknown:
         raise DataError(
-            f"{directory} has no images; give a folder of images or one with train/CLASS/*.jpg"
+            f"{val.root} and {train.root} have different class folders "
+            f"({', '.join(map(repr, unknown[:SHOWN]))}); make them the same"
         )
-    return images
+    missing = len(train.classes) - len(val.classes)
+    if missing:
+        record.notes.append(f"{_count(missing, 'class', 'classes')} without held-out images")
+    new_label = [train.classes.index(name) for name in val.classes]
+    samples = [(path, new_label[label]) for path, label in val.samples]
+    return Folder(val.root, train.classes, samples)
 
 
-def _check_links(directory):
-    """Raise DataError if a link below `directory` leads back to a folder that contains it."""
-    for path, folders, _ in os.walk(directory, followlinks=True):
-        for name in folders:
-            link = Path(path, name)
-            if not os.path.islink(link):
-                continue
-            if link.resolve() in [parent.resolve() for parent in link.parents]:
-                raise DataError(
-                    f"the link {str(link)!r} leads back to a folder that contains it; remove it"
-                )
+def _read_without_parts(branch, top, record):
+    """All images of `branch`, as training images. `top` is what _unwrap makes of it."""
+    names = list(top.full())
+    if len(names) > 1 and all(any(map(_is_train, top.children[name].full())) for name in names):
+        raise DataError(
+            f"each class folder in {top.path} has a part of training images; move them to "
+            "train/CLASS and val/CLASS"
+        )
+    if names and all(map(_is_held_out, names)):
+        record.notes.append("there is no folder train/: all images are training images")
+        return _unlabelled(branch)
+    found = _read_branch(top, 2, record)
+    if not found.classes:
+        return _unlabelled(branch)
+    shown = ", ".join(map(repr, names[:SHOWN]))
+    if len(names) > SHOWN:
+        shown += ", ..."
+    record.notes.append(f"there is no folder train/: its folders are the classes ({shown})")
+    return found
+
+
+def _read_branch(branch, fewest, record):
+    """The images of `branch`, with a class for each of its folders.
+
+    There are no classes if it has less than `fewest` folders, or many images beside them.
+    """
+    full = branch.full()
+    beside = len(branch.images)
+    few_beside = 10 * beside < branch.count
+    if len(full) < fewest or not few_beside:
+        if beside and full:
+            record.notes.append(
+                f"{branch.path!r} has images beside its folders: all are read, without classes"
+            )
+        return _unlabelled(branch)
+
+    for _, child in sorted(branch.children.items()):
+        if fewest == 1 and not child.count:
+            raise DataError(f"the class folder {child.path!r} has no images; remove it")
+    record.skipped["image beside the class folders"] += beside
+    samples = []
+    for label, child in enumerate(full.values()):
+        samples += [(path, label) for path in child.paths()]
+    return Folder(branch.path, list(full), samples)
+
+
+def _unlabelled(branch):
+    """All images of `branch`, without classes."""
+    return Folder(branch.path, [], [(path, -1) for path in sorted(branch.paths())])
 
 
 def _download(name, directory):

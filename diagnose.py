@@ -16,10 +16,11 @@ HIGH_ACC_INST = 99  # percent
 NO_GAIN = 1  # percentage points of kNN accuracy
 
 
-def expectations(n, labelled, settings):
+def expectations(n, labelled, settings, has_labels=False):
     """Lines that say, before the first step, how a run on `n` images may disappoint.
 
     labelled: whether there are labels for a kNN accuracy during training.
+    has_labels: whether there are any labels, if not for that.
     """
     lines = []
     if n < FEW_IMAGES:
@@ -32,7 +33,12 @@ def expectations(n, labelled, settings):
             f"warning: a queue of {settings['pcl_r']} keys is short: InfoNCE has few negatives and "
             "teaches little. Raise --pcl-r."
         )
-    if not labelled:
+    if not labelled and has_labels:
+        lines.append(
+            "No kNN accuracy during training: it needs labelled training images and labelled "
+            "held-out ones. The evaluation compares clusters with the labels that there are."
+        )
+    elif not labelled:
         lines.append(
             "There are no labels, so no kNN accuracy during training. "
             "Evaluate on a labelled folder afterwards."

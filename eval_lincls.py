@@ -1,26 +1,32 @@
 """What the features of a checkpoint are worth: linear probe, kNN, and clusters against classes.
 
 The backbone is frozen. Its features are the average-pooled ones, before the projection head. Beside
-the trained network stand an untrained one and the raw pixels. The linear probe has two protocols:
-`fast`, the best linear classifier on the features of the plain images, and `moco`, the published
-one (arXiv 1911.05722, section 4.1).
+the trained network stand the network that training started from and the raw pixels. The linear
+probe has two protocols: `fast`, the best linear classifier on the features of the plain images, and
+`moco`, the published one (arXiv 1911.05722, section 4.1).
 
     # the latest checkpoint of the newest default run; three runs: mean and standard deviation
     python eval_lincls.py
-    python eval_lincls.py --exp-dir runs/a runs/b runs/c
+    python eval_lincls.py --exp-dir runs/a runs/b runs/c --json abc.json
 
     # another project's checkpoint
     python eval_lincls.py path/to/imagenet --pretrained moco_v2_800ep_pretrain.pth.tar \\
         --protocol moco
 
-Beside the checkpoint it leaves eval.json with all figures, and map.png, a map of the held-out
-images.
+Beside the checkpoint it leaves eval.json with the figures of all evaluations, and map.png, a map of
+the held-out images.
 """
 
+import runtime.start  # isort: skip  # noqa: F401  # first: Ctrl-C during the slow imports
 import argparse
+import fnmatch
+import hashlib
+import itertools
 import json
 import statistics
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -28,9 +34,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from augment import normalize
-from cluster import default_num_cluster, run_kmeans
+from cluster import LARGEST, default_num_cluster, run_kmeans
 from data import (
     DataError,
+    Datasets,
     EpochSampler,
     Images,
     build_datasets,
@@ -49,7 +56,7 @@ from metrics import (
 )
 from model import backbone, build_encoder
 from runtime import checkpoint, cli, distributed, report, weights
-from runtime.directory import choose_directory, ran_on, write_atomically
+from runtime.directory import FILES, choose_directory, ran_on, write_atomically
 from runtime.distributed import get_rank_and_world, print_main
 
 EPOCHS = 100  # of the published probe
@@ -57,6 +64,10 @@ DRAWS = 5  # random choices of few labels
 RAW_SIDE = 32  # pixels; the raw-pixel baseline shrinks larger images to this side
 TEMPERATURE = 0.2  # mean concentration of the clusters; it does not change them
 AGREEMENT = ("NMI", "AMI", "ARI", "acc")
+
+# what the map depends on, and what a figure depends on besides what its name says
+MAP_SETTINGS = ("weights", "data", "fingerprint", "training_images", "held_out", "size", "seed")
+SETTINGS = (*MAP_SETTINGS, "protocol", "batch_size")
 
 
 def get_parser():
@@ -114,6 +125,12 @@ def get_parser():
         help="write the backbone under torchvision's names, for other code; default: not written",
     )
     add(
+        "--json",
+        metavar="FILE",
+        help="write all figures, and their mean and standard deviation over the runs; default: "
+        "eval.json beside each checkpoint alone",
+    )
+    add(
         "-b",
         "--batch-size",
         type=cli.positive_int,
@@ -123,21 +140,26 @@ def get_parser():
     add(
         "-j",
         "--workers",
-        type=cli.nonnegative_int,
+        type=cli.num_workers,
         default=0,
         help="processes that load images; raise it for large images",
     )
     add(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images that cannot be read, up to 1 %% of them; default: as in training",
+    )
+    add(
         "--image-size",
-        type=cli.positive_int,
+        type=cli.image_side,
         help="side of a view in pixels; default: as in training",
     )
     add(
         "--baselines",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also evaluate an untrained network and raw pixels; --no-baselines is three times as "
-        "fast",
+        help="also evaluate the network before training and raw pixels; --no-baselines is three "
+        "times as fast",
     )
     add(
         "--seed",
@@ -148,12 +170,47 @@ def get_parser():
     return parser
 
 
+class Subject(NamedTuple):
+    """A checkpoint and its data, read and checked: all that is needed to evaluate it."""
+
+    path: Path  # of the checkpoint
+    header: list  # lines that say what is evaluated, and on which data
+    encoder: nn.Module
+    networks: dict  # {row: module images -> features}: the trained network and the baselines
+    identities: dict  # {row: what its figures depend on}, to tell networks apart
+    datasets: Datasets
+    args: argparse.Namespace  # with every default filled in
+    about: dict  # what is evaluated, for eval.json
+
+
 def main(argv=None):
     """Evaluate checkpoints and print their tables.
 
     Returns {row: {figure: percent}} of the last checkpoint.
     """
-    args = cli.parse_args(get_parser(), argv)
+    again = "start again with the same command; a published probe goes on from its last epoch"
+    with cli.errors_in_one_line(DataError, again):
+        args = cli.parse_args(get_parser(), argv)
+        device = distributed.init_distributed()
+
+        # read and check everything before the first evaluation begins
+        paths = find_checkpoints(args)
+        check_outputs(args, paths)
+        built = {}
+        subjects = [prepare(path, args, built) for path in paths]
+
+        results = [evaluate(subject, device) for subject in subjects]
+        if get_rank_and_world()[0] == 0:
+            conclude(subjects, results, args)
+    return results[-1]["figures"]
+
+
+# -- reading and checking --------------------------------------------------------------------------
+def find_checkpoints(args):
+    """The paths of the checkpoints to evaluate.
+
+    Ends the program in one line if one is missing, or if the arguments do not fit each other.
+    """
     if args.pretrained and not args.data:
         cli.fail(
             f"name the data to evaluate {args.pretrained} on: "
@@ -164,79 +221,68 @@ def main(argv=None):
     if args.export and len(args.exp_dir or ()) > 1:
         cli.fail("--export writes one backbone; name one --exp-dir")
 
-    device = distributed.init_distributed()
-    tables = []
-    with cli.errors_in_one_line(DataError):
+    paths = []
+    if args.pretrained:
+        paths.append(Path(args.pretrained))
+    else:
         for directory in args.exp_dir or [None]:
-            path = args.pretrained
-            if path is None:
-                path = choose_directory(directory, resume="") / "checkpoint.pth.tar"
-            tables.append(evaluate(Path(path), args, device))
-    if len(tables) > 1 and get_rank_and_world()[0] == 0:
-        print(f"\nmean and standard deviation of {len(tables)} runs")
-        print_table({row: spread([table[row] for table in tables]) for row in tables[0]})
-    return tables[-1]
+            paths.append(choose_directory(directory, resume="") / "checkpoint.pth.tar")
+    for path in paths:
+        if not path.is_file():
+            cli.fail(
+                f"there is no {path}; train first with python main_pcl.py, or name a file with "
+                "--pretrained"
+            )
+    return paths
 
 
-def evaluate(path, args, device):
-    """The table {row: {figure: percent}} of the checkpoint at `path`, printed and written."""
-    encoder, datasets, args, about = prepare(path, args)
-    rank, _ = get_rank_and_world()
-    beside = f"{path}." if args.pretrained else f"{path.parent}/"
-    table = {}
-    for name, network in build_networks(encoder, datasets, args, about).items():
-        # features, and with --protocol moco the scores of the published probe
-        network = network.to(device).eval()
-        train = extract_all(network, datasets.plain, args, device)
-        val = None
-        if datasets.val is not None:
-            val = extract_all(network, datasets.val, args, device)
-        scores = None
-        if args.protocol == "moco" and name == "trained" and datasets.labelled:
-            file = Path(f"{beside}probe.pth.tar")
-            key = [path.stat().st_mtime_ns, datasets.fingerprint, datasets.image_size]
-            store = ProbeStore(file, [*key, args.batch_size, args.seed])
-            scores = published_probe(network, val, datasets, store, args)
-        if rank > 0:
-            continue
+def check_outputs(args, paths):
+    """End the program in one line if the files of --export and --json cannot be written.
 
-        # the row's figures
-        table[name] = {}
-        if datasets.labelled:
-            table[name] |= probes(train, val, datasets, scores, args)
-        unit_features = F.normalize(train, dim=1).cpu().numpy()
-        levels = run_kmeans(unit_features, args.num_cluster, TEMPERATURE, args.seed)
-        table[name] |= agreements(levels, val, datasets)
-        if name == "trained":
-            trained_val = val
-            prototypes = levels[-1].centroids
-
-    if rank == 0:
-        figures = {**about, **ran_on(device), "figures": table}
-        write_atomically(Path(f"{beside}eval.json"), json.dumps(figures, indent=2).encode())
-        print_table(table)
-        if datasets.val is not None:
-            file = Path(f"{beside}map.png")
-            labels = datasets.val.labels
-            report.draw_map(file, trained_val, labels, datasets.classes, prototypes)
-        if args.export:
-            load = weights.export(args.export, encoder, about["arch"], about["small_images"])
-            print(f"to load {args.export}: {load}")
-    return table
-
-
-def prepare(path, args):
-    """Read the checkpoint and the data, and print a header.
-
-    Returns the encoder with the checkpoint's weights, the Datasets, the arguments with every
-    default filled in, and a dict that says what is evaluated. Ends the program in one line if
-    something is missing or does not fit.
+    paths: the checkpoints to evaluate, whose files must not be overwritten.
     """
-    if not path.exists():
-        cli.fail(
-            f"there is no {path}; train first with python main_pcl.py, or name a file with "
-            "--pretrained"
-        )
+    if get_rank_and_world()[0] > 0:
+        return
+    if args.export and args.json and Path(args.export).resolve() == Path(args.json).resolve():
+        cli.fail("--export and --json name the same file; name two")
+    for name in (args.export, args.json):
+        if name is None:
+            continue
+        file = Path(name)
+        try:
+            if any(belongs_to(file, path, args) for path in paths):
+                cli.fail(f"{file} is a file of the run that is evaluated; name another one")
+            if file.exists() and not file.is_file():
+                cli.fail(f"{file} is not a file; name one")
+            with tempfile.TemporaryFile(dir=file.parent):
+                pass
+        except OSError as error:
+            cli.fail(cli.format_error(f"cannot write {file} ({error.strerror}); name another file"))
+
+
+def belongs_to(file, path, args):
+    """Whether `file` is the checkpoint `path`, or a file that its run or its evaluation writes."""
+    if file.resolve().parent != path.resolve().parent:
+        return False
+    names = [path.name, result_file(path, args, "eval.json").name]
+    if not args.pretrained:
+        names += FILES
+    return any(fnmatch.fnmatchcase(file.name, name) for name in names)
+
+
+def result_file(path, args, name):
+    """Where a result of the checkpoint `path` is written: beside it."""
+    if args.pretrained:
+        name = f"{path.name}.{name}"
+    return path.with_name(name)
+
+
+def prepare(path, args, built):
+    """Read the checkpoint and the data, and check them.
+
+    built: the Datasets that were built for earlier checkpoints, to which this one's are added.
+    Returns a Subject. Ends the program in one line if something is missing or does not fit.
+    """
     loaded = checkpoint.read(path)
     found = weights.find_own(loaded) or weights.find_resnet(loaded, path)
     stored = {}  # the arguments of one of our runs
@@ -245,44 +291,95 @@ def prepare(path, args):
 
     # data
     name = args.data or stored.get("data") or "digits"
-    image_size = args.image_size or stored.get("image_size")
-    datasets = build_datasets(name, image_size, flip=stored.get("flip"))
-    parts = [images for images in (datasets.plain, datasets.val) if images is not None]
-    if not any((images.labels >= 0).any() for images in parts):
-        cli.fail(
-            f"{name} has no labels to evaluate with; name a labelled folder: "
-            "eval_lincls.py DATA --exp-dir DIR"
-        )
+    skip_broken = args.skip_broken or bool(stored.get("skip_broken"))
+    options = {"flip": stored.get("flip"), "skip_broken": skip_broken}
+    datasets = find_data(name, args.image_size or stored.get("image_size"), options, built)
+    check_labels(name, datasets, args)
 
     # defaults
     n = len(datasets.train)
     args = argparse.Namespace(**vars(args))
     args.num_cluster = choose_num_cluster(args.num_cluster, stored.get("num_cluster"), datasets)
     args.knn_k = [min(k, n) for k in args.knn_k or [default_k(n)]]
-    epoch = loaded.get("epoch")
-    epochs = f", {epoch} epochs" if isinstance(epoch, int) else ""
-    print_main(f"{path}, {found.where}: {found.arch}{epochs}")
+    epoch = None
+    epochs = ""
+    if isinstance(loaded.get("epoch"), int):
+        epoch = loaded["epoch"]
+        epochs = f", {epoch} epochs"
     neighbours = ", ".join(map(str, args.knn_k))
-    print_main(f"on {name}: {datasets.describe()}; kNN of {neighbours}")
+    header = [
+        f"{path}, {found.where}: {found.arch}{epochs}",
+        f"on {name}: {datasets.describe()}; kNN of {neighbours}",
+        *(f"note: {note}" for note in datasets.notes),
+    ]
+    if not datasets.labelled:
+        header.append("note: clusters alone: linear probe and kNN need labels in both parts")
 
-    # network
+    # networks
     torch.manual_seed(args.seed)
-    try:
-        encoder = build_encoder(found.arch, small_images=found.small_images)
-    except ValueError as error:
-        cli.fail(f"{path}: {error}")
+    encoder = build(found, path)
     weights.load_backbone(encoder, found, path)
+    networks = {"trained": backbone(encoder)}
+    if args.baselines:
+        init = None
+        if not args.pretrained:  # a file from elsewhere must not name another to read
+            init = stored.get("init")
+        row, start, note = build_start(found, init, path)
+        header += note
+        networks[row] = backbone(start)
+        side = min(datasets.image_size, RAW_SIDE)
+        networks["raw pixels"] = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(1))
+    hashes = {row: hash_weights(network) for row, network in networks.items()}
+
     about = {
         "checkpoint": str(path),
+        "weights": hashes["trained"],
         "epoch": epoch,
         "arch": found.arch,
         "small_images": found.small_images,
-        "data": name,
+        "data": str(Path(name).resolve()) if Path(name).is_dir() else name,
+        "fingerprint": datasets.fingerprint,
+        "training_images": n,
+        "held_out": 0 if datasets.val is None else len(datasets.val),
         "size": datasets.image_size,
         "protocol": args.protocol,
+        "batch_size": args.batch_size if args.protocol == "moco" else None,
         "seed": args.seed,
     }
-    return encoder, datasets, args, about
+    identities = {}
+    for row, value in hashes.items():
+        identities[row] = [value, *(about[name] for name in SETTINGS[1:])]
+    return Subject(path, header, encoder, networks, identities, datasets, args, about)
+
+
+def find_data(name, image_size, options, built):
+    """The Datasets of `name`, from `built` if they are there already.
+
+    options: further arguments of build_datasets, which say how the images are read.
+    """
+    key = str([name, image_size, options])
+    if key not in built:
+        with cli.phase(f"reading {name}"):
+            datasets = built[key] = build_datasets(name, image_size, **options)
+        distributed.refuse_other_images(datasets.sources, datasets.image_size)
+    return built[key]
+
+
+def check_labels(name, datasets, args):
+    """End the program in one line if there are too few labels."""
+    if not datasets.has_labels:
+        cli.fail(
+            f"{name} has no labels to evaluate with; name a labelled folder: "
+            "eval_lincls.py DATA --exp-dir DIR"
+        )
+    if args.protocol == "moco" and datasets.labelled:
+        _, world = get_rank_and_world()
+        labelled = int((datasets.plain.labels >= 0).sum())
+        if min(args.batch_size, labelled) < world:
+            cli.fail(
+                f"{min(args.batch_size, labelled)} images per batch are fewer than the {world} "
+                "processes; raise --batch-size or start fewer processes"
+            )
 
 
 def choose_num_cluster(given, stored, datasets):
@@ -299,23 +396,127 @@ def choose_num_cluster(given, stored, datasets):
     num_cluster = given or stored or default_num_cluster(n)
     if max(num_cluster) > n:
         num_cluster = default_num_cluster(n)
-    classes = min(n, max(2, len(datasets.classes)))
-    return sorted({*num_cluster, classes}, reverse=True)
+    return sorted({*num_cluster, one_per_class(datasets)}, reverse=True)
 
 
-def build_networks(encoder, datasets, args, about):
-    """The networks to compare, {row: module images -> features}: the trained one and baselines."""
-    networks = {"trained": backbone(encoder)}
-    if args.baselines:
-        untrained = build_encoder(about["arch"], small_images=about["small_images"])
-        networks["untrained"] = backbone(untrained)
-        side = min(datasets.image_size, RAW_SIDE)
-        networks["raw pixels"] = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(1))
-    return networks
+def one_per_class(datasets):
+    """The number of clusters that is the number of classes, within 2 and the number of images."""
+    return min(len(datasets.train), max(2, len(datasets.classes)))
+
+
+def build(found, path):
+    """A new encoder of the architecture of a weights.Found in the file `path`."""
+    try:
+        return build_encoder(found.arch, small_images=found.small_images)
+    except ValueError as error:
+        cli.fail(f"{path}: {error}")
+
+
+def build_start(found, init, path):
+    """The network that training started from: an untrained one, or that of --init.
+
+    found: the trained network. init: the file of --init, or None.
+    Returns the name of its row in the table, the encoder, and a list of lines to print.
+    """
+    start = build(found, path)
+    if not isinstance(init, str):
+        return "untrained", start, []
+    if not Path(init).is_file():
+        note = f"note: {init}, which training started from, is gone; untrained weights stand in"
+        return "untrained", start, [note]
+    weights.load_backbone(start, weights.find_resnet(checkpoint.read(init), init), init)
+    return "initial", start, []
+
+
+def hash_weights(network):
+    """A text of 16 characters that is the same for the same weights."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# -- measuring -------------------------------------------------------------------------------------
+def evaluate(subject, device):
+    """Measure the networks of a Subject; print and write the figures.
+
+    Returns what was evaluated and, under "figures", {row: {figure: percent}}, which are the first
+    rank's alone.
+    """
+    rank, _ = get_rank_and_world()
+    for line in subject.header:
+        print_main(line)
+    table = {}
+    result = {**subject.about, **ran_on(device), "figures": table}
+    map_file = None
+    try:
+        for row, network in subject.networks.items():
+            figures, val, levels = measure(row, network.to(device).eval(), subject, device)
+            if rank > 0:
+                continue
+            table[row] = figures
+            if row == "trained":
+                trained_val = val
+                trained_levels = levels
+    finally:  # whatever was measured is shown and kept, even if the next network fails
+        if table:
+            print_table(table, subject.args.protocol)
+            print_broken_images(subject.datasets)
+            map_file = write_result(subject, result)
+    if map_file is not None:
+        draw_map(map_file, subject.datasets, trained_val, trained_levels)
+    return result
+
+
+def print_broken_images(datasets):
+    """Name the images that --skip-broken has left out, if there are any."""
+    names = []
+    for source in datasets.sources:
+        names += map(repr, source.broken_names())
+    if names:
+        print(f"left out, because they are broken: {', '.join(names)}")
+
+
+@cli.phase("evaluation")
+def measure(row, network, subject, device):
+    """Measure one network, the `row` of the table.
+
+    Returns its figures {figure: percent}, its features (n, D) of the held-out images or None, and
+    its Clusters. The figures and the Clusters are the first rank's alone.
+    """
+    datasets = subject.datasets
+    args = subject.args
+
+    # features, and with --protocol moco the scores of the published probe
+    train = extract_all(network, datasets.plain, args, device)
+    val = None
+    if datasets.val is not None:
+        val = extract_all(network, datasets.val, args, device)
+    scores = None
+    if args.protocol == "moco" and row == "trained" and datasets.labelled:
+        file = result_file(subject.path, args, "probe.pth.tar")
+        key = [subject.path.stat().st_mtime_ns, datasets.fingerprint, datasets.image_size]
+        store = ProbeStore(file, [*key, args.batch_size, args.seed])
+        scores = published_probe(network, val, datasets, store, args)
+    if get_rank_and_world()[0] > 0:
+        return {}, val, []
+
+    # figures
+    figures = {}
+    if datasets.labelled:
+        figures |= probes(train, val, datasets, scores, args)
+    unit_features = F.normalize(train, dim=1).cpu().numpy()
+    levels = run_kmeans(unit_features, args.num_cluster, TEMPERATURE, args.seed)
+    figures |= agreements(levels, val, datasets)
+    return figures, val, levels
 
 
 def extract_all(network, images, args, device):
-    """The features (n, D) of all `images`, on `device`. Every process computes a share."""
+    """The features (n, D) of all `images`, on `device`. Every process computes a share.
+
+    Raises DataError, with the image's number, if a feature is not finite or too large to square.
+    """
     rank, world = get_rank_and_world()
     loader = DataLoader(
         images,
@@ -323,10 +524,14 @@ def extract_all(network, images, args, device):
         sampler=range(rank, len(images), world),
         collate_fn=identity_collate,
         num_workers=args.workers,
+        worker_init_fn=distributed.ignore_stop_signals,
     )
     features, _ = extract_features(loader, lambda x: network(normalize(x)), device)
-    if not features.isfinite().all():
-        raise DataError("the network's features of these images are not finite")
+    distributed.set_where_any_rank_has(images.source.broken)  # their labels do not count
+    fits = features.abs().amax(1) <= LARGEST  # not so for nan
+    if not fits.all():
+        image = int(fits.int().argmin())
+        raise DataError(f"the features of image {image} are not finite, or too large to square")
     return features.to(device)
 
 
@@ -379,17 +584,19 @@ def probes(train, val, datasets, scores, args):
 class ProbeStore:
     """The state of a published probe in a file, so that it continues after an interruption.
 
-    key: what the probe depends on. A state with another key is not used.
+    key: what the probe depends on. A state with another key is not used. If the file cannot be
+    written, one line says so, and the probe goes on.
     """
 
     def __init__(self, path, key):
         self.path = path
         self.key = key
+        self.unwritten = []  # the path, once it could not be written
 
     def load(self):
         """The state to continue from on every rank, or None."""
         state = None
-        if get_rank_and_world()[0] == 0 and self.path.exists():
+        if get_rank_and_world()[0] == 0 and self.path.is_file():
             state = checkpoint.read(self.path)
         state = distributed.broadcast_object(state)
         if state is None or state.get("key") != self.key:
@@ -398,8 +605,9 @@ class ProbeStore:
 
     def save(self, state):
         """Write `state`, on the first rank."""
-        if get_rank_and_world()[0] == 0:
-            checkpoint.save_tensors(self.path, {**state, "key": self.key})
+        if get_rank_and_world()[0] == 0 and not self.unwritten:
+            with cli.warn_if_unwritable(self.path, self.unwritten):
+                checkpoint.save_tensors(self.path, {**state, "key": self.key})
 
 
 def published_probe(network, val, datasets, store, args):
@@ -423,6 +631,7 @@ def published_probe(network, val, datasets, store, args):
             sampler=labelled[list(sampler)].tolist(),
             collate_fn=identity_collate,
             num_workers=args.workers,
+            worker_init_fn=distributed.ignore_stop_signals,
         )
         bar = cli.Progress(loader, desc=f"probe, epoch {epoch} of {EPOCHS}", disable=rank > 0)
         for views, index in bar:
@@ -456,19 +665,154 @@ def agreements(levels, val, datasets):
     return figures
 
 
-# -- tables ----------------------------------------------------------------------------------------
-def spread(rows):
-    """{figure: "mean ± standard deviation"} over the same row of several tables."""
-    figures = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows if name in row]
-        if len(values) > 1:
-            figures[name] = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-    return figures
+# -- results ---------------------------------------------------------------------------------------
+def write_result(subject, result):
+    """Add a result to eval.json beside the checkpoint, and give it the name of its map's file.
+
+    Returns the path of that file, or None if there are too few held-out images to draw.
+    """
+    path = result_file(subject.path, subject.args, "eval.json")
+    earlier = read_results(path)
+    map_file = choose_map(subject, result, earlier)
+    if map_file is not None:
+        result["map"] = map_file.name
+    data = json.dumps(merge_results(result, earlier), indent=2).encode()
+    with cli.warn_if_unwritable(path):
+        write_atomically(path, data)
+    return map_file
 
 
-def print_table(table):
-    """Print {row: {figure: number or text}}: the rows as columns, then the clusters of each row."""
+def read_results(path):
+    """The results in an eval.json, the latest first. A file that cannot be read has none."""
+    try:
+        results = [json.loads(path.read_text())]
+        results += results[0].pop("earlier", [])
+    except (AttributeError, OSError, RecursionError, TypeError, ValueError):
+        return []
+    return [result for result in results if is_result(result)]
+
+
+def is_result(value):
+    """Whether `value` is a dict with figures, {row: {figure: number}}."""
+    figures = value.get("figures") if isinstance(value, dict) else None
+    return isinstance(figures, dict) and all(isinstance(row, dict) for row in figures.values())
+
+
+def merge_results(result, earlier):
+    """What eval.json is to hold: a new result, and all `earlier` ones.
+
+    Figures of the same settings become one result, in which new figures come first and replace
+    earlier ones of the same name. Results of other settings are kept under "earlier".
+    """
+    figures = dict(result["figures"])
+    others = []
+    for old in earlier:
+        if not is_same(old, result, SETTINGS):
+            others.append(old)
+            continue
+        for row, old_figures in old["figures"].items():
+            new_figures = figures.get(row, {})
+            kept = {name: old_figures[name] for name in old_figures if name not in new_figures}
+            figures[row] = {**new_figures, **kept}
+    return {**result, "figures": figures, "earlier": others}
+
+
+def is_same(a, b, names):
+    """Whether two results agree in the entries `names`."""
+    return all(name in a and a[name] == b[name] for name in names)
+
+
+def choose_map(subject, result, earlier):
+    """The path of the map: map.png, or map_2.png, ... if those show other `earlier` results.
+
+    None if there are too few held-out images to draw.
+    """
+    if result["held_out"] < report.FEWEST_IN_MAP:
+        return None
+    for i in itertools.count(1):
+        name = "map.png" if i == 1 else f"map_{i}.png"
+        file = result_file(subject.path, subject.args, name)
+        shown = [old for old in earlier if old.get("map") == file.name]
+        if all(is_same(old, result, MAP_SETTINGS) for old in shown):
+            return file
+
+
+@cli.phase("drawing map.png")
+def draw_map(file, datasets, val, levels):
+    """Draw the held-out images by their features `val` (n, D), and a prototype per class."""
+    (prototypes,) = (
+        clusters.centroids
+        for clusters in levels
+        if len(clusters.centroids) == one_per_class(datasets)
+    )
+    with cli.warn_if_unwritable(file):
+        report.draw_map(file, val, datasets.val.labels, datasets.classes, prototypes)
+
+
+def conclude(subjects, results, args):
+    """Print the mean of several runs, and write the files of --json and --export."""
+    mean, deviation = summarize(subjects, results)
+    if len(results) > 1:
+        print(f"\nmean and standard deviation of {len(results)} runs")
+        fixed = [row for row in mean if row not in deviation]
+        if fixed:
+            print(f"one network for all runs, so no deviation: {', '.join(fixed)}")
+        print_table(with_deviation(mean, deviation), args.protocol)
+
+    unwritten = []
+    if args.json:
+        text = json.dumps({"runs": results, "mean": mean, "std": deviation}, indent=2)
+        with cli.warn_if_unwritable(args.json, unwritten):
+            write_atomically(Path(args.json), text.encode())
+    if args.export:
+        about = results[0]
+        with cli.warn_if_unwritable(args.export, unwritten):
+            load = weights.export(
+                args.export, subjects[0].encoder, about["arch"], about["small_images"]
+            )
+            print(f"to load {args.export}: {load}")
+    if unwritten:
+        raise SystemExit(1)  # what was asked for is not there
+
+
+def summarize(subjects, results):
+    """Mean and standard deviation over several results, both as {row: {figure: number}}.
+
+    A row that is the same network on the same data in all results is one measurement: it has no
+    deviation. So have figures that are in one result alone.
+    """
+    mean = {}
+    deviation = {}
+    for row in dict.fromkeys(row for result in results for row in result["figures"]):
+        rows = [result["figures"][row] for result in results if row in result["figures"]]
+        identities = [subject.identities[row] for subject in subjects if row in subject.identities]
+        is_one = all(identity == identities[0] for identity in identities)
+        mean[row] = {}
+        if not is_one:
+            deviation[row] = {}
+        for name in dict.fromkeys(name for figures in rows for name in figures):
+            values = [figures[name] for figures in rows if name in figures]
+            mean[row][name] = statistics.mean(values)
+            if not is_one and len(values) > 1:
+                deviation[row][name] = statistics.stdev(values)
+    return mean, deviation
+
+
+def with_deviation(mean, deviation):
+    """A table of texts, {row: {figure: "mean ± deviation"}}."""
+    table = {}
+    for row, figures in mean.items():
+        table[row] = {name: f"{value:.1f}" for name, value in figures.items()}
+        for name, value in deviation.get(row, {}).items():
+            table[row][name] += f" ± {value:.1f}"
+    return table
+
+
+def print_table(table, protocol):
+    """Print {row: {figure: number or text}}: the rows as columns, then the clusters of each row.
+
+    protocol: of the linear probe.
+    """
     cells = {}
     for row, figures in table.items():
         cells[row] = {
@@ -477,25 +821,57 @@ def print_table(table):
         }
 
     # linear probes and kNN
-    names = {}  # a dict, because it keeps the order
+    names = {}  # {figure: what to call it}, which keeps the order
     for figures in cells.values():
-        names |= dict.fromkeys(name for name in figures if not name.startswith(AGREEMENT))
+        for name in figures:
+            if not name.startswith(AGREEMENT):
+                names[name] = with_protocol(name, protocol)
     if names:
-        print("in percent".ljust(28) + "".join(f"{row:>14}" for row in cells))
-    for name in names:
-        line = "".join(f"{figures.get(name, ''):>14}" for figures in cells.values())
-        print(name.ljust(28) + line)
+        width = max(28, *(len(text) + 2 for text in names.values()))
+        print("in percent".ljust(width) + "".join(f"{row:>14}" for row in cells))
+        for name, text in names.items():
+            line = "".join(f"{figures.get(name, ''):>14}" for figures in cells.values())
+            print(text.ljust(width) + line)
 
-    # clusters: training images, then held-out ones
-    print("clusters".ljust(17) + "".join(f"{name:>11}" for name in AGREEMENT * 2))
+    print_clusters(cells)
+
+
+def print_clusters(cells):
+    """Print how well clusters agree with the classes: a line per row of the table and granularity.
+
+    cells: {row: {figure: text}}.
+    """
+    lines = []  # (row, granularity, figures)
+    endings = set()  # of the figures' names; held-out images have one, training images have not
     for row, figures in cells.items():
-        sizes = dict.fromkeys(name.split()[1] for name in figures if name.startswith("NMI"))
-        for k in sizes:
-            line = f"{row}, {k}".ljust(17)
-            for part in ("", " held out"):
-                for name in AGREEMENT:
-                    line += f"{figures.get(f'{name} {k}{part}', ''):>11}"
-            print(line)
+        for name in figures:
+            if name.startswith("NMI"):
+                _, k, *ending = name.split(" ", 2)
+                endings.update(ending or [""])
+                if (row, k, figures) not in lines:
+                    lines.append((row, k, figures))
+    parts = [part for part in ("", "held out") if part in endings]
+
+    width = max([17, *(len(f"{row}, {k} ") for row, k, _ in lines)])
+    titles = "".join((part or "training images").center(48) for part in parts)
+    print("clusters".ljust(width) + titles.rstrip())
+    print(" " * width + "".join(f"{name:>12}" for name in AGREEMENT * len(parts)))
+    for row, k, figures in lines:
+        line = f"{row}, {k}".ljust(width)
+        for part in parts:
+            for name in AGREEMENT:
+                line += f"{figures.get(f'{name} {k} {part}'.strip(), ''):>12}"
+        print(line)
+
+
+def with_protocol(name, protocol):
+    """The name of a figure with the protocol of its linear probe, such as "linear (moco)"."""
+    probe, comma, amount = name.partition(",")
+    if probe not in ("linear", "top-5"):
+        return name
+    if amount:
+        protocol = "fast"  # always, with few labels
+    return f"{probe} ({protocol}){comma}{amount}"
 
 
 if __name__ == "__main__":

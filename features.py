@@ -52,8 +52,9 @@ def extract_features(loader, model, device="cpu"):
     features = [torch.empty(0)]
     indices = [torch.empty(0, dtype=torch.long)]
     for images, index in _progress(loader, rank):
-        features.append(model(images.to(device, non_blocking=True)).float().cpu())
-        indices.append(torch.as_tensor(index))
+        # Keep copies: a tensor from a loader worker holds a file open for as long as it lives.
+        features.append(model(images.to(device, non_blocking=True)).float().cpu().clone())
+        indices.append(torch.as_tensor(index).clone())
 
     # Gather the shares of all ranks.
     own_share = (torch.cat(features), torch.cat(indices))

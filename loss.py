@@ -20,6 +20,7 @@ def info_nce(q, k, queue, temperature):
     q, k: (N, D) unit rows.
     queue: (D, R) unit columns.
     Returns (loss, acc), two scalars: the mean loss in nats and the top-1 accuracy in percent.
+    Raises ValueError if the batch is empty, because then there is no mean.
     Source: MoCo (arXiv 1911.05722), eq. 1.
     """
     with torch.autocast(q.device.type, enabled=False):
@@ -44,8 +45,11 @@ def proto_nce(q, index, clusters, num_negatives):
         samples share counts once.
     Returns (loss, acc), two scalars: the mean loss in nats and the top-1 accuracy in percent, both
         averaged over the granularities.
+    Raises ValueError if the batch or the list of clusters is empty, because then there is no mean.
     Source: PCL, eq. 11, second term.
     """
+    if not clusters:
+        raise ValueError("proto_nce needs the clusters of at least one granularity")
     losses = []
     accs = []
     with torch.autocast(q.device.type, enabled=False):
@@ -105,6 +109,8 @@ def _cross_entropy(logits, target):
     collapse onto one point, all logits are equal, and taking the first as the maximum would report
     an accuracy of 100 %.
     """
+    if len(logits) == 0:
+        raise ValueError("the batch is empty: it has no mean loss")
     loss = F.cross_entropy(logits, target)
     with torch.no_grad():  # the gradient of the loss needs no logits, so they can be overwritten
         own = logits.gather(1, target[:, None])

@@ -18,6 +18,7 @@ an image, and ProtoNCE between an image and the prototypes, the centres of its c
 Then `python eval_lincls.py` measures the features.
 """
 
+import runtime.start  # isort: skip  # noqa: F401  # first: Ctrl-C during the slow imports
 import argparse
 import functools
 import math
@@ -55,8 +56,8 @@ from features import (
 from loss import info_nce, proto_nce
 from metrics import knn_accuracy
 from model import MoCo, backbone, build_encoder
-from runtime import checkpoint, cli, distributed, report, weights
-from runtime.directory import choose_directory, lock, write_args
+from runtime import checkpoint, cli, distributed, image_files, report, weights
+from runtime.directory import check_writable, choose_directory, lock, write_args
 from runtime.distributed import get_rank_and_world, print_main
 
 SYNC_EVERY = 20  # steps between reads of their results; each read makes the host wait
@@ -65,6 +66,7 @@ MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip after an ov
 MAX_KNN = 50_000  # images per part in the kNN accuracy during training
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AUGMENTATION = ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "flip")
+OF_A_RANK = ("data", "workers", "init", "config", "resume")  # may differ between the ranks
 ANNOUNCED = (  # settings that are printed at the start
     "arch",
     "stem",
@@ -81,6 +83,7 @@ ANNOUNCED = (  # settings that are printed at the start
 
 
 # -- the method: M-step, E-step, epochs ------------------------------------------------------------
+@cli.phase("training")
 def train_one_epoch(run, network, loader, random_view, keys, stop):
     """M-step: train epoch `run.epoch` from step `run.step` on (PCL, algorithm 1).
 
@@ -145,7 +148,8 @@ def train_one_epoch(run, network, loader, random_view, keys, stop):
             "grad_norm": grad_norm,
         }
         n = len(images)  # with --symmetric, the second half repeats the samples of the first
-        pending.append((index[:n], features[:n], figures))
+        # a copy of the index, because a tensor from a loader worker keeps a file open
+        pending.append((index[:n].clone(), features[:n], figures))
         if len(pending) == SYNC_EVERY:
             collect_results(run, pending, keys)
             mean_loss = (run.totals["loss_inst"] + run.totals["loss_proto"]) / run.step
@@ -210,13 +214,21 @@ def stop_if_diverged(run, step, figures):
         allowed = MAX_SKIPPED
     if math.isfinite(loss) and run.skipped_in_a_row <= allowed:
         return
+    end_diverged_run(
+        run,
+        f"step {step}: the loss is {loss:.4g} and the gradient norm {figures['grad_norm']:.4g}",
+    )
+
+
+def end_diverged_run(run, problem):
+    """End the program in one line: the problem, where the last good state is, and what to try."""
     raise SystemExit(
-        f"stopped at epoch {run.epoch}, step {step}: the loss is {loss:.4g} and the gradient norm "
-        f"{figures['grad_norm']:.4g}; the last good state is in {run.args.exp_dir}. "
+        f"stopped at epoch {run.epoch}, {problem}; the last good state is in {run.args.exp_dir}. "
         "Try a lower --lr, a longer --lr-warmup, or --clip-grad 1"
     )
 
 
+@cli.phase("E-step")
 def e_step(run, images, epoch, keys=None):
     """E-step: cluster all training images for `epoch`, once per --num-cluster (PCL, eq. 12).
 
@@ -238,8 +250,11 @@ def e_step(run, images, epoch, keys=None):
     found = {}
     for k in granularities[rank::world]:
         options = {"niter": 10, "init": [previous[k]]} if k in previous else {}
-        seed = args.seed + epoch
-        found[k] = run_kmeans(features, [k], args.temperature, seed, **options)[0]
+        seed = (args.seed + epoch) % 2**31  # faiss takes no larger one
+        try:
+            found[k] = run_kmeans(features, [k], args.temperature, seed, **options)[0]
+        except ValueError as error:  # features that are not finite; row i belongs to image i
+            end_diverged_run(run, f"clustering: {error}")
 
     # then all ranks get all of them
     for i, k in enumerate(granularities):
@@ -250,7 +265,8 @@ def e_step(run, images, epoch, keys=None):
 
     if rank == 0 and is_milestone(epoch, args.epochs):
         path = Path(args.exp_dir) / "prototypes.png"
-        report.draw_prototypes(path, images, features, found[args.num_cluster[0]], epoch)
+        with cli.warn_if_unwritable(path):
+            report.draw_prototypes(path, images, features, found[args.num_cluster[0]], epoch)
     return [found[k].to(args.device) for k in args.num_cluster]
 
 
@@ -320,6 +336,7 @@ def train(run, datasets, stop):
         loader.sampler.set_epoch(epoch, run.step)
         datasets.train.set_epoch(epoch)
         train_one_epoch(run, network, loader, random_view, keys, stop)
+        image_files.share_broken_images(directory, datasets)
         stop.exit_if_received(save)
 
         # kNN accuracy, and the E-step for the next epoch
@@ -331,9 +348,7 @@ def train(run, datasets, stop):
         if datasets.labelled and (is_last or (epoch + 1) % args.knn_every == 0):
             knn = held_out_knn(run.model, datasets, args)
             stop.exit_if_received(save)
-        clusters = None
-        if e_step_follows:
-            clusters = e_step(run, datasets.plain, epoch + 1, keys)
+        clusters = e_step(run, datasets.plain, epoch + 1, keys) if e_step_follows else None
 
         # log and checkpoint
         run.log.append(summarize_epoch(run, len(datasets.train) // args.batch_size, knn))
@@ -343,7 +358,7 @@ def train(run, datasets, stop):
         if due:
             save(copy=f"checkpoint_{epoch:04d}.pth.tar" if is_kept else None)
             last_save = time.time()
-            report.draw_curves(directory / "curves.png", run.log, args.warmup, run.knn_untrained)
+            draw_curves(run)
         stop.exit_if_received(save)
     if rank == 0:
         board.close()
@@ -387,9 +402,24 @@ def evaluate_untrained(run, datasets):
     """Store the kNN accuracy before the first step, to compare with, if there are labels."""
     if run.knn_untrained is None and datasets.labelled:
         run.knn_untrained = held_out_knn(run.model, datasets, run.args)
-        print_main(f"kNN accuracy of the untrained network: {run.knn_untrained:.1f} %")
+        start = name_of_start(run.args)
+        print_main(f"kNN accuracy of the {start} network: {run.knn_untrained:.1f} %")
 
 
+def draw_curves(run):
+    """Draw the figures of all epochs so far in curves.png."""
+    path = Path(run.args.exp_dir) / "curves.png"
+    start = name_of_start(run.args)
+    with cli.warn_if_unwritable(path):
+        report.draw_curves(path, run.log, run.args.warmup, run.knn_untrained, start)
+
+
+def name_of_start(args):
+    """What to call the network before the first step."""
+    return "initial" if args.init else "untrained"
+
+
+@cli.phase("kNN accuracy")
 def held_out_knn(model, datasets, args):
     """kNN accuracy of the query backbone on the held-out images, in percent."""
     network = backbone(model.encoder_q).eval()
@@ -399,6 +429,7 @@ def held_out_knn(model, datasets, args):
         loader = plain_loader(images, np.arange(0, len(images), stride), args)
         with autocast(args):
             features, index = extract_features(loader, lambda x: network(normalize(x)), args.device)
+        distributed.set_where_any_rank_has(images.source.broken)
         labels = images.labels[index]
         labelled = labels >= 0
         parts += [features[labelled].to(args.device), labels[labelled].to(args.device)]
@@ -530,10 +561,36 @@ def check(args, n, world):
         args.resume and not Path(args.resume).exists(),
         f"there is no checkpoint {args.resume}",
     )
+    check_memory(args, local_batch)
+
+
+def check_memory(args, local_batch):
+    """End the program in one line if `args` ask for more memory than there is.
+
+    Only the largest tensors count, so a run that passes may still need too much.
+    """
     try:
-        build_encoder(args.arch)
+        with torch.device("meta"):  # shapes without memory
+            encoder = build_encoder(args.arch, args.low_dim)
     except ValueError as error:
         cli.fail(error)
+    except (RuntimeError, TypeError):  # sizes beyond 64 bits
+        cli.fail(f"{args.arch} is too wide for any machine")
+    weights = sum(parameter.numel() for parameter in encoder.parameters())
+    numbers = {
+        "--arch": 4 * weights,  # two encoders, gradients and momentum
+        "--pcl-r and --low-dim": args.pcl_r * args.low_dim,  # the queue
+        "--pcl-r and --batch-size": args.pcl_r * local_batch,  # the logits of InfoNCE
+        # the views, and at least as much again for each of the first layers
+        "--image-size and --batch-size": 8 * 2 * local_batch * 3 * args.image_size**2,
+    }
+    available = distributed.memory_of(args.device)
+    for flags, number in numbers.items():
+        if 4 * number > available / 2:  # float32; the other half is for what comes with it
+            cli.fail(
+                f"{flags} would need {4 * number / 2**30:.3g} GB of memory and more; this machine "
+                f"has {available / 2**30:.3g} GB; choose lower values"
+            )
 
 
 def get_parser():
@@ -556,7 +613,7 @@ def add_data_arguments(add):
     )
     add(
         "--image-size",
-        type=cli.positive_int,
+        type=cli.image_side,
         help="side of a view in pixels; default: the images' own size, at most 224",
     )
     add(
@@ -592,9 +649,15 @@ def add_data_arguments(add):
         "for digits",
     )
     add(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images that cannot be read, up to 1 %% of them, and list them in "
+        "broken.txt; another image takes the place of each; default: they end the run",
+    )
+    add(
         "-j",
         "--workers",
-        type=cli.nonnegative_int,
+        type=cli.num_workers,
         help="processes per rank that load images, unless all images fit in memory; default: the "
         "number of cores, at most 8",
     )
@@ -622,7 +685,7 @@ def add_model_arguments(add):
     )
     add(
         "--low-dim",
-        type=cli.positive_int,
+        type=cli.bounded(int, 1, 10_000),
         default=128,
         help="dimension of the features that the losses compare",
     )
@@ -666,7 +729,7 @@ def add_model_arguments(add):
     )
     add(
         "--temperature",
-        type=cli.positive_float,
+        type=cli.bounded(float, 0.001, 1000),  # it divides cosines, which lie between -1 and 1
         help="temperature of InfoNCE, and mean concentration of the prototypes; lower values weigh "
         "the hardest negatives more; default: by recipe",
     )
@@ -714,7 +777,7 @@ def add_optimization_arguments(add):
     add(
         "--lr",
         "--learning-rate",
-        type=cli.positive_float,
+        type=cli.bounded(float, 0, 1000, above_low=True),
         help="peak learning rate; default: by recipe and optimizer, proportional to the batch size",
     )
     add(
@@ -725,12 +788,13 @@ def add_optimization_arguments(add):
     )
     add(
         "--cos",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="let the learning rate follow a cosine down to 0, instead of --schedule",
     )
     add(
         "--schedule",
-        type=cli.positive_int,
+        type=cli.nonnegative_int,
         nargs="*",
         help="epochs at which the learning rate drops by a factor of 10; default: at 60 and 80 %% "
         "of --epochs",
@@ -740,7 +804,7 @@ def add_optimization_arguments(add):
         "--wd",
         "--weight-decay",
         dest="wd",
-        type=cli.nonnegative_float,
+        type=cli.bounded(float, 0, 1000),
         help="weight decay; default: by recipe and optimizer",
     )
     add(
@@ -751,7 +815,8 @@ def add_optimization_arguments(add):
     )
     add(
         "--amp",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="mixed precision: faster, and less memory",
     )
     add(
@@ -784,7 +849,8 @@ def add_run_arguments(add):
         nargs="?",
         const="",
         metavar="FILE",
-        help="continue the run in --exp-dir, or from the checkpoint FILE; default: a new run",
+        help="continue the run in --exp-dir, or from the checkpoint FILE, with its arguments; "
+        "flags win; default: a new run",
     )
     add(
         "--seed",
@@ -802,8 +868,16 @@ def add_run_arguments(add):
 # -- a run -----------------------------------------------------------------------------------------
 def main(argv=None):
     """Train. Returns the figures of every epoch: a list of {column of log.csv: value}."""
-    with cli.errors_in_one_line(DataError):
-        return build_and_train(cli.parse_args(get_parser(), argv))
+    again = "the same command with --resume continues from the last checkpoint, if there is one"
+    with cli.errors_in_one_line(DataError, again):
+        return build_and_train(cli.parse_args(get_parser(), argv, find_stored_args))
+
+
+def find_stored_args(args):
+    """The arguments of the run that --resume continues, {name: value}. Flags win over them."""
+    if args.resume is None:
+        return {}
+    return checkpoint.stored_args(choose_directory(args.exp_dir, args.resume), args.resume)
 
 
 def build_and_train(args):
@@ -812,16 +886,28 @@ def build_and_train(args):
     _, world = get_rank_and_world()
     directory = distributed.broadcast_object(choose_directory(args.exp_dir, args.resume))
     args.exp_dir = str(directory)
+    check_writable(directory)
 
     # data and arguments
     augmentation = {name: getattr(args, name) for name in AUGMENTATION}
-    with distributed.main_process_first():  # so that the others find its download
-        datasets = build_datasets(args.data, args.image_size, args.seed, **augmentation)
+    reading = cli.phase("reading images")
+    with reading, distributed.main_process_first():  # so that the others find its download
+        datasets = build_datasets(
+            args.data, args.image_size, args.seed, skip_broken=args.skip_broken, **augmentation
+        )
     print_main(f"{args.data or 'digits'}: {datasets.describe()}; on {world} x {device}")
+    for note in datasets.notes:
+        print_main(f"note: {note}")
+    distributed.refuse_other_images(datasets.sources, datasets.image_size)
     init = find_initial_weights(args)
     args = fill_in_defaults(args, datasets, world, device)
+    refuse_other_arguments(args)
     check(args, len(datasets.train), world)
-    datasets = load_into_memory(datasets, device)
+    with (
+        cli.phase("reading images"),
+        image_files.broken_images_listed(directory, datasets, DataError),
+    ):
+        datasets = load_into_memory(datasets, device)
 
     # model, optimizer, and what a checkpoint holds besides
     torch.manual_seed(args.seed)
@@ -832,17 +918,29 @@ def build_and_train(args):
     run = checkpoint.Run(args, model, optimizer, scaler, data=datasets.fingerprint)
 
     with lock(directory), distributed.StopSignals() as stop:
-        changes = checkpoint.resume(directory, run)
+        compare = functools.partial(image_files.describe_changes, datasets=datasets)
+        changes = checkpoint.resume(directory, run, compare)
         if run.clusters is not None:
             run.clusters = [Clusters(*level).to(device) for level in run.clusters]
         if run.epoch >= args.epochs:
             return run.log
         write_args(directory, vars(args), run.epoch, run.step, changes)
+        image_files.write_images_txt(directory, datasets)
         announce(run, datasets)
         first_epoch, start = run.epoch, time.time()
-        train(run, datasets, stop)
-    conclude(run, len(run.log) - first_epoch, time.time() - start, datasets.labelled)
+        with image_files.broken_images_listed(directory, datasets, DataError):
+            train(run, datasets, stop)
+    conclude(run, len(run.log) - first_epoch, time.time() - start, datasets.has_labels)
     return run.log
+
+
+def refuse_other_arguments(args):
+    """End the program in one line, on all ranks, if their arguments differ in what they compute."""
+    facts = []
+    for name, value in vars(args).items():
+        if name not in OF_A_RANK:
+            facts.append(f"{name} {value}")
+    distributed.refuse_difference("other arguments", facts)
 
 
 def find_initial_weights(args):
@@ -881,16 +979,18 @@ def announce(run, datasets):
     print_main(f"images {where}, in {run.args.exp_dir}")
     print_main(", ".join(f"{name} {getattr(run.args, name)}" for name in ANNOUNCED))
     n = len(datasets.train)
-    for line in diagnose.expectations(n, datasets.labelled, vars(run.args)):
+    settings = vars(run.args)
+    for line in diagnose.expectations(n, datasets.labelled, settings, datasets.has_labels):
         print_main(line)
 
 
-def conclude(run, epochs, seconds, labelled):
+def conclude(run, epochs, seconds, has_labels):
     """Say what the run has reached, and which command comes next."""
     row = run.log[-1]
     knn = ""
     if row["knn"] is not None:
-        knn = f", kNN accuracy {row['knn']:.1f} % (untrained {run.knn_untrained:.1f} %)"
+        start = name_of_start(run.args)
+        knn = f", kNN accuracy {row['knn']:.1f} % ({start} {run.knn_untrained:.1f} %)"
     resumed = ""
     if epochs < len(run.log):
         resumed = f", the last {epochs} of them"
@@ -898,7 +998,7 @@ def conclude(run, epochs, seconds, labelled):
         f"reached loss {row['loss']:.3f}{knn} after {len(run.log)} epochs{resumed} "
         f"in {seconds / 60:.1f} minutes"
     )
-    folder = "" if labelled else "LABELLED_FOLDER "
+    folder = "" if has_labels else "LABELLED_FOLDER "
     print_main(f"next: python eval_lincls.py {folder}--exp-dir {run.args.exp_dir}")
 
 

@@ -31,7 +31,11 @@ def logistic_regression(features, labels, queries, num_classes, seed=0):
 
     features: (M, D). labels: (M,) int64. queries: (n, D).
     seed: chooses the rows to hold out.
+    Raises ValueError if there are no features.
     """
+    if len(features) == 0:
+        raise ValueError("there are no features to fit a classifier on")
+
     # Standardise. A constant feature tells nothing and becomes 0.
     std, mean = torch.std_mean(features.float(), 0, correction=0)
     std = std.masked_fill(std <= 1e-6 * std.max(), torch.inf)
@@ -179,7 +183,12 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=None, temperature=0.1):
     bank: (M, D) and queries: (n, D), features of any norm.
     bank_labels: (M,) and labels: (n,), their classes, int64.
     k: number of neighbours; all M if there are fewer. None: default_k(M).
+    Raises ValueError if there are no features on either side.
     """
+    if len(bank) == 0 or len(queries) == 0:
+        raise ValueError(
+            f"a kNN vote needs features: the bank has {len(bank)}, the queries are {len(queries)}"
+        )
     if not k:
         k = default_k(len(bank))
     k = min(len(bank), k)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+NARROW = 16  # channels; narrower layers run channels first on a CPU, see WidthResNet
 BLOCKS = {  # depth: residual blocks in each of the four stages
     18: [2, 2, 2, 2],
     34: [3, 4, 6, 3],
@@ -51,7 +52,7 @@ class MoCo(nn.Module):
         super().__init__()
         self.cluster_head = cluster_head
         self.bn_splits = bn_splits
-        self.moving_average = get_ema_multi_avg_fn(m)
+        self.m = m
 
         # query encoder with head a, and its momentum copy with head ã
         norm_layer = functools.partial(SplitBatchNorm2d, num_splits=bn_splits)
@@ -80,7 +81,8 @@ class MoCo(nn.Module):
         prototypes. features is what the next E-step clusters; it has no gradient.
         clustering: the warm-up is over and the cluster head takes part. With the report's head, k
             then has a gradient for the head alone.
-        Raises ValueError if N is not a multiple of `bn_splits`.
+        Raises ValueError if N is not a multiple of `bn_splits`, or if batch norm has no statistics:
+            in training, each of its groups needs more than one value per channel.
         """
         if len(im_q) % self.bn_splits:
             raise ValueError(
@@ -129,8 +131,8 @@ class MoCo(nn.Module):
 
         Call it after the optimizer's step.
         """
-        averages = list(self.encoder_k.parameters())
-        self.moving_average(averages, list(self.encoder_q.parameters()), None)
+        move = get_ema_multi_avg_fn(self.m)  # made here, because it cannot be pickled
+        move(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), None)
 
     @torch.no_grad()
     def dequeue_and_enqueue(self, k):
@@ -199,6 +201,10 @@ class WidthResNet(ResNet):
     """torchvision's ResNet with `width` channels in its first stage; 64 is the published width.
 
     small_images: a 3x3 first convolution of stride 1 and no max-pool, for about 32 pixels.
+
+    On a CPU, a network of fewer than 16 channels runs channels first, whatever the memory format of
+    its inputs and whatever format `.to` is given. With channels last, oneDNN writes past the end of
+    a buffer there (uxlfoundation/oneDNN#6035).
     """
 
     def __init__(self, block, layers, num_classes, width=64, small_images=False, norm_layer=None):
@@ -211,6 +217,20 @@ class WidthResNet(ResNet):
         if small_images:
             self.maxpool = nn.Identity()
         self.fc = nn.Linear(8 * width * block.expansion, num_classes)
+
+    def forward(self, x):
+        if self.width < NARROW and x.device.type == "cpu":
+            x = x.clone(memory_format=torch.contiguous_format)
+        return super().forward(x)
+
+    def _apply(self, fn, recurse=True):
+        """What `.to`, `.cuda` and the like of this network, or of one around it, end in."""
+        super()._apply(fn, recurse)
+        if self.width < NARROW:
+            for weight in self.parameters():
+                if weight.device.type == "cpu":
+                    weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+        return self
 
     def _make_layer(self, block, planes, blocks, **kwargs):
         if planes == 64:  # the first stage takes the stem's output
@@ -239,6 +259,11 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         splits = self.num_splits
         self.count = x.numel() // splits // self.num_features  # values behind each mean
+        if self.count < 2:
+            raise ValueError(
+                f"batch norm needs two values per channel and group, not {self.count}: its input "
+                f"is {list(x.shape)} and bn_splits {splits}; use a larger batch or fewer groups"
+            )
         fold = x.is_cuda if self.fold is None else self.fold
 
         # self.moments: mean and 1 / standard deviation, (splits, C) each

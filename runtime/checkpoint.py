@@ -1,8 +1,12 @@
 """Checkpoints: save a run, find its latest state, restore it; read files of any project safely."""
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import io
+import json
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -18,6 +22,8 @@ PER_START = ("exp_dir", "resume", "overwrite", "config", "device", "workers", "k
 # arguments that a resumed run cannot change: at all, or within an epoch
 FIXED = ("arch", "stem", "image_size", "low_dim", "mlp", "cluster_head", "pcl_r", "optim")
 FIXED_WITHIN_EPOCH = ("batch_size", "num_cluster")
+# arguments whose values are for one process: they suit one number of processes
+PER_PROCESS = ("workers", "bn_splits")
 PRINTED = {"loss_inst", "loss_proto", "acc_inst", "acc_proto"}  # figures that report.py needs
 SAVED_APART = ("args", "model", "optimizer", "scaler")  # not in a checkpoint's entry "run"
 
@@ -96,9 +102,11 @@ def _serialize(value):
 
 
 # -- resuming --------------------------------------------------------------------------------------
-def resume(directory, run):
+def resume(directory, run, compare_images=None):
     """Continue the run that --resume or a restart asks for; a new run stays as it is.
 
+    compare_images: function of the checkpoint's directory. It returns text that says which training
+        images are others than when that run began.
     Returns the arguments that have changed, as {name: [old value, new value]}.
     """
     path = None
@@ -107,12 +115,39 @@ def resume(directory, run):
     path = broadcast_object(path)
     if path is None:
         return {}
-    changes = restore(read(path), run)
+    difference = functools.partial(compare_images, path.parent) if compare_images else None
+    changes = restore(read(path), run, difference)
     print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
     if run.epoch >= run.args.epochs:
         print_main(f"{directory} holds a finished run of {run.epoch} epochs: nothing left to do")
         run_directory.clear_features(directory)  # left by a kill at the very end
     return changes
+
+
+def stored_args(directory, resume):
+    """The arguments of the run to continue, {name: value}; {} if there is none.
+
+    resume: the value of --resume: the path of a checkpoint, or "" for the latest of `directory`.
+    """
+    stored = None
+    path = directory / "checkpoint.pth.tar"
+    if resume:
+        path = Path(resume)
+    else:
+        with contextlib.suppress(OSError, ValueError):  # lost or edited
+            stored = json.loads((directory / "args.json").read_text())
+    if not isinstance(stored, dict) and path.is_file():
+        checkpoint = read(path)
+        if "run" in checkpoint:  # it is one of ours
+            stored = checkpoint.get("args")
+    if not isinstance(stored, dict):
+        return {}
+
+    # another number of processes needs other values for each
+    with contextlib.suppress(KeyError, IndexError, TypeError):  # only args.json has the number
+        if stored["parts"][-1]["world"] != int(os.environ.get("WORLD_SIZE", 1)):
+            stored = {name: stored[name] for name in stored if name not in PER_PROCESS}
+    return stored
 
 
 def find(directory, resume, overwrite):
@@ -142,31 +177,36 @@ def find(directory, resume, overwrite):
     return None
 
 
-def restore(checkpoint, run):
+def restore(checkpoint, run, difference=None):
     """Bring `run` to the state of a checkpoint that `save` has written.
 
+    difference: function that returns what to say if the training images are others, or None.
     Returns the arguments that have changed, as {name: [old value, new value]}, and prints them.
     Ends the program in one line if the checkpoint does not fit the run, or if an argument has
     changed that cannot.
     """
     try:
         position = {name: checkpoint["run"][name] for name in run.position()}
+        if position["data"] != run.data:  # first, because other defaults follow from other images
+            text = difference() if difference else ""
+            fail(
+                f"the training images are not those of the checkpoint{text}; restore them, or "
+                "start a new run"
+            )
         changes = find_changes(checkpoint["args"], vars(run.args))
         refuse_changes(changes, within_epoch=position["step"] > 0)
         state = checkpoint["state_dict"]
         state = {name.removeprefix("module."): value for name, value in state.items()}
         run.model.load_state_dict(state)
         run.optimizer.load_state_dict(checkpoint["optimizer"])
-        run.scaler.load_state_dict(checkpoint["scaler"])
+        scaler_state = checkpoint.get("scaler")
+        if scaler_state:  # after a part without a scaler there is none: then it starts afresh
+            run.scaler.load_state_dict(scaler_state)
         check_position(position, run)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         fail(
             f"this run cannot continue from the checkpoint ({type(error).__name__}); "
             "name another file"
-        )
-    if position["data"] != run.data:
-        fail(
-            "the training images are not those of the checkpoint; restore them, or start a new run"
         )
     vars(run).update(position)
     for name, (old, new) in changes.items():
@@ -216,9 +256,46 @@ def check_position(position, run):
 
 
 # -- reading ---------------------------------------------------------------------------------------
+# what trainers store beside the weights: their arguments, and figures from NumPy
+LEFT_OUT = (
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",  # Python 3.13
+    "pathlib._local.WindowsPath",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",  # NumPy 2
+)
+
+
+class LeftOut:
+    """Stands for an object that is not read: it accepts all that a file says of it, keeps nothing.
+
+    Each class in LEFT_OUT has a subclass of its name, which is read in its place. The class itself
+    is never called.
+    """
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+    @classmethod
+    def in_place_of(cls, name):
+        module, _, name = name.rpartition(".")
+        return type(name, (cls,), {"__module__": module})
+
+
+STAND_INS = [LeftOut.in_place_of(name) for name in LEFT_OUT]
+
+
 def read(path):
     """The dict in the file `path`. Only tensors and plain values are read; no code is run.
 
+    Objects of the classes in LEFT_OUT are left out.
     Ends the program in one line, with exit status 2, if there is no such dict, or if a tensor
     claims more values than the file holds.
     """
@@ -229,7 +306,8 @@ def read(path):
             entries = zipfile.ZipFile(path).infolist()
             if any(entry.compress_type for entry in entries):
                 raise ValueError  # torch never compresses; compressed data may be of any size
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(STAND_INS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for tensor in _tensors_in(checkpoint):
             if tensor.untyped_storage().nbytes() < tensor.nbytes:
                 raise ValueError
@@ -243,7 +321,7 @@ def read(path):
         fail(f"{path} is truncated or not a checkpoint ({type(error).__name__}); name another file")
     if not isinstance(checkpoint, dict):
         fail(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
-    return checkpoint
+    return {key: value for key, value in checkpoint.items() if not isinstance(value, LeftOut)}
 
 
 def _tensors_in(value):

@@ -7,23 +7,63 @@ import errno
 import itertools
 import json
 import math
+import os
+import signal
+import socket
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
 
+from runtime import start
+
 NOT_FROM_CONFIG = ("exp_dir", "resume", "overwrite", "config")
+FOREIGN = (  # flags of similar projects, and what to use here: a flag or a sentence
+    (
+        ("--data", "--data-dir", "--data-path", "--data-root", "--dataset", "--root"),
+        "name the data without a flag, for example: python {program} path/to/folder",
+    ),
+    (
+        ("--gpu", "--gpus", "--gpu-id", "--gpu-ids", "--device", "--devices", "--cuda"),
+        "choose the GPU in front of the command: CUDA_VISIBLE_DEVICES=0 python {program}",
+    ),
+    (
+        ("--world-size", "--rank", "--local-rank", "--dist-url", "--dist-backend", "--distributed"),
+        "start one process per GPU: torchrun --nproc_per_node=8 {program}",
+    ),
+    (
+        ("--multiprocessing-distributed", "--nproc", "--nproc-per-node", "--nodes", "--nnodes"),
+        "start one process per GPU: torchrun --nproc_per_node=8 {program}",
+    ),
+    (("-e", "--evaluate", "--eval"), "evaluate with python eval_lincls.py"),
+    (("-p", "--print-freq"), "a run prints a line per epoch, and a line per minute in longer ones"),
+    (("--output-dir", "--output", "--out", "--out-dir", "--save-dir", "--log-dir"), "--exp-dir"),
+    (("--num-workers", "--n-workers", "--num-works"), "--workers"),
+    (("--pretrained", "--weights", "--checkpoint", "--ckpt"), "--init"),
+    (("--moco-dim", "--dim", "--feat-dim", "--feature-dim"), "--low-dim"),
+    (("--moco-k", "--queue-size", "--nce-k"), "--pcl-r"),
+    (("--moco-t", "--tau", "--nce-t", "--temp"), "--temperature"),
+    (("--fp16", "--bf16", "--half", "--mixed-precision"), "--amp"),
+    (("--name", "--id", "--tag"), "--exp-dir"),
+    (("--size", "--img-size", "--crop-size", "--resolution"), "--image-size"),
+    (("--bs", "--bsz", "--batch"), "--batch-size"),
+)
 
 
 # -- arguments -------------------------------------------------------------------------------------
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Adds the default of every flag whose help does not mention it."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default of every flag whose help does not mention it, in words."""
 
     def _get_help_string(self, action):
-        if action.default is None or "default" in action.help:
+        default = action.default
+        if default in (None, argparse.SUPPRESS) or "default" in action.help:
             return action.help
-        return super()._get_help_string(action)
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        return f"{action.help}; default: {default}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,13 +78,24 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-        close = []
-        if unknown.startswith("-"):
-            close = difflib.get_close_matches(unknown, self._option_string_actions, 1)
-        if close:
-            message += f"; did you mean {close[0]}?"
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message and unknown.startswith("-"):
+            message += self.suggest(unknown.split()[0].split("=")[0])
         fail(message)
+
+    def suggest(self, unknown):
+        """What to use in place of a flag that does not exist, or ""."""
+        known = self._option_string_actions
+        flag = unknown.lower().replace("_", "-")
+        for names, instead in FOREIGN:
+            if flag in names and not instead.startswith("-"):
+                return f"; {instead.format(program=program_name())}"
+            if flag in names and instead in known:
+                return f"; did you mean {instead}?"
+        close = difflib.get_close_matches(flag, known, 1, cutoff=0.75)
+        if close:
+            return f"; did you mean {close[0]}?"
+        return ""
 
 
 def bounded(kind, low, below=math.inf, above_low=False):
@@ -65,10 +116,12 @@ def bounded(kind, low, below=math.inf, above_low=False):
     return parse
 
 
-positive_int = bounded(int, 1)
-nonnegative_int = bounded(int, 0)
-positive_float = bounded(float, 0, above_low=True)
-nonnegative_float = bounded(float, 0)
+# faiss and numpy count in 32 bits, and float32 has no numbers above 3e38
+positive_int = bounded(int, 1, 2**31)
+nonnegative_int = bounded(int, 0, 2**31)
+positive_float = bounded(float, 0, 10**9, above_low=True)
+image_side = bounded(int, 1, 10_000)  # pixels; Pillow warns of larger images
+num_workers = bounded(int, 0, 513)  # each is a process; few machines have as many cores
 
 
 def int_list(text):
@@ -76,14 +129,32 @@ def int_list(text):
     return [positive_int(number) for number in text.split(",")]
 
 
-def parse_args(parser, argv=None):
-    """The arguments of the command line. They win over those of a --config."""
-    argv = sys.argv[1:] if argv is None else argv
+def parse_args(parser, argv=None, find_stored=None):
+    """The arguments of the command line.
+
+    They win over those of a --config, and these over the arguments of the run to continue.
+    find_stored: function that returns these, {name: value}, given the command line's arguments.
+    """
+    show_any_text()
+    if argv is None:
+        argv = sys.argv[1:]
     refuse_separate_numbers(parser, argv)
-    config = getattr(parser.parse_args(argv), "config", None)
+    args = parser.parse_args(argv)
+    words = []
+    if find_stored is not None:
+        words += words_for(find_stored(args), parser, "the run to continue")
+    config = getattr(args, "config", None)
     if config:
-        argv = [*config_arguments(config, parser), *argv]
-    return parser.parse_args(argv)
+        words += words_for(read_config(config), parser, config)
+        name_changes(parser.parse_args(words), parser.parse_args([*words, *argv]))
+    return parser.parse_args([*words, *argv])
+
+
+def show_any_text():
+    """Escape characters that the terminal or file cannot show, where printing them would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
+            stream.reconfigure(errors="backslashreplace")
 
 
 def refuse_separate_numbers(parser, argv):
@@ -97,29 +168,41 @@ def refuse_separate_numbers(parser, argv):
             parser.error(f"the numbers of {word} are comma-separated: {','.join(numbers)}")
 
 
-def config_arguments(path, parser):
-    """The arguments in another run's args.json, as a command line for `parser`."""
+def read_config(path):
+    """The arguments in another run's args.json, {name: value}."""
     try:
-        stored = json.loads(Path(path).read_text())
-        words = []
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{path} is not the args.json of a run ({type(error).__name__})")
+    return config
+
+
+def words_for(stored, parser, source):
+    """The arguments {name: value} of a run as a command line for `parser`.
+
+    source: where they come from, for the message that ends the program if they are malformed.
+    """
+    first = []  # flags that take all words up to the next flag
+    words = []
+    try:
         for action in parser._actions:
             value = stored.get(action.dest)
             if value is None or action.dest in NOT_FROM_CONFIG:
                 continue
             if not action.option_strings:
                 # a positional argument: a second one on the command line would not parse
-                parser.set_defaults(**{action.dest: value})
+                parser.set_defaults(**{action.dest: str(value)})
             elif action.nargs == "*":
-                # first, because it takes all words up to the next flag
-                words = [action.option_strings[-1], *map(str, value), *words]
+                numbers = [action.type(str(number)) for number in value]
+                first += [action.option_strings[-1], *map(str, numbers)]
             else:
-                words += config_words(action, value)
-        return words
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        fail(f"{path} is not the args.json of a run ({type(error).__name__})")
+                words += flag_words(action, value)
+    except (ValueError, AttributeError, TypeError, argparse.ArgumentTypeError) as error:
+        fail(f"{source} is not the args.json of a run ({type(error).__name__})")
+    return first + words
 
 
-def config_words(action, value):
+def flag_words(action, value):
     """The words that give a flag `value` on a command line."""
     if isinstance(value, bool):
         if value:
@@ -132,13 +215,37 @@ def config_words(action, value):
     return [f"{action.option_strings[-1]}={value}"]
 
 
+def name_changes(old, new):
+    """Print the arguments in which the command line overrules a --config."""
+    for name, value in vars(new).items():
+        before = getattr(old, name)
+        if before != value and name not in NOT_FROM_CONFIG and is_first_rank():
+            print(f"{name} {before} -> {value}")
+
+
 # -- progress --------------------------------------------------------------------------------------
+EVERY = 50  # seconds after which there is a line again where there is no terminal
+last_line = time.monotonic()  # when the last line was printed
+
+
+def is_first_rank():
+    """Whether this process is the one that speaks. It holds from the start, as torchrun says it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text, file=None):
+    """Print a line at once, on stdout unless another `file` is given."""
+    global last_line
+    last_line = time.monotonic()
+    print(text, file=file, flush=True)
+
+
 class Progress(tqdm):
     """A progress bar on a terminal. Elsewhere, a line per minute for loops that take longer."""
 
     def __init__(self, *args, **kwargs):
         if not sys.stderr.isatty():
-            kwargs |= {"delay": 60, "mininterval": 60, "maxinterval": 60}
+            kwargs |= {"delay": EVERY, "mininterval": EVERY, "maxinterval": EVERY}
         super().__init__(*args, leave=False, dynamic_ncols=True, **kwargs)
 
     def say(self, text, ratio):
@@ -150,7 +257,31 @@ class Progress(tqdm):
         if sys.stderr.isatty():
             super().display(msg, pos)
         elif msg is None:
-            print(self, file=sys.stderr, flush=True)
+            say(self, sys.stderr)
+
+
+@contextlib.contextmanager
+def phase(title):
+    """Context or decorator for work that may be long.
+
+    Where there is no terminal, it prints a line whenever there was none for EVERY seconds, so that
+    the program does not seem to hang.
+    """
+    begin = time.monotonic()
+    finished = threading.Event()
+
+    def report():
+        while not finished.wait(max(0.1, last_line + EVERY - time.monotonic())):
+            now = time.monotonic()
+            if now >= last_line + EVERY:
+                say(f"{title}: {tqdm.format_interval(now - begin)} so far", sys.stderr)
+
+    if is_first_rank() and not sys.stderr.isatty():
+        threading.Thread(target=report, daemon=True).start()
+    try:
+        yield
+    finally:
+        finished.set()
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -164,19 +295,33 @@ PEER_IS_GONE = (  # parts of the messages by which gloo and nccl report a dead p
     "timed out",
     "connection refused",
 )
+OUT_OF_MEMORY = (  # parts of the messages of torch, numpy and faiss
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "unable to allocate",
+    "bad_alloc",
+)
 
 
 @contextlib.contextmanager
-def errors_in_one_line(data_error):
+def errors_in_one_line(data_error, again="start again with the same command"):
     """Context in which foreseeable errors end the program in one line.
 
-    Errors in the data, of type `data_error`, exit with status 2; a full disk and a dead peer with
-    status 1. Other errors are bugs and keep their traceback.
+    Errors in the data, of type `data_error`, exit with status 2; a full disk, a dead peer and too
+    little memory with status 1; Ctrl-C with status 130. Other errors are bugs and keep their
+    traceback.
+    again: how to go on after Ctrl-C.
     """
+    start.imports_are_done()
     try:
         yield
     except data_error as error:
         fail(format_error(error))
+    except KeyboardInterrupt:
+        stop_at_once(again)
+    except MemoryError as error:
+        fail_for_memory(error)
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
             raise
@@ -184,12 +329,47 @@ def errors_in_one_line(data_error):
         fail(f"{text}; earlier checkpoints are whole: make room, and continue with --resume", 1)
     except RuntimeError as error:
         text = str(error).lower()
+        if any(sign in text for sign in OUT_OF_MEMORY):
+            fail_for_memory(error)
         if not dist.is_initialized() or not any(sign in text for sign in PEER_IS_GONE):
             raise
         text = format_error(error)
         fail(f"another process of this run has ended; continue with --resume ({text})", 1)
     if dist.is_initialized():  # only after success: nccl's shutdown can hang after a rank's error
         dist.destroy_process_group()
+
+
+def stop_at_once(again):
+    """End the program after Ctrl-C. A second Ctrl-C would only disturb its end."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if is_first_rank():
+        print(f"\n{program_name()}: stopped by Ctrl-C; {again}", file=sys.stderr)
+    raise SystemExit(130)
+
+
+def fail_for_memory(error):
+    """End the program for want of memory."""
+    text = format_error(error).partition("\\n")[0]
+    fail(
+        f"out of memory; lower --batch-size or --image-size, or choose a smaller --arch ({text})", 1
+    )
+
+
+@contextlib.contextmanager
+def warn_if_unwritable(path, unwritten=None):
+    """Context that writes the file `path`. If that fails, it ends with a warning line, no error.
+
+    For files that are worth less than what is lost if the program ends. unwritten: list to which
+    `path` is added if it could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        print(format_error(f"warning: cannot write {path}: {reason}"), file=sys.stderr, flush=True)
+        if unwritten is not None:
+            unwritten.append(path)
 
 
 def format_error(error):
@@ -210,5 +390,12 @@ def format_error(error):
 
 def fail(message, status=2):
     """Say in one line what is wrong, and exit with `status`."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    if not is_first_rank():
+        message = f"rank {os.environ['RANK']} on {socket.gethostname()}: {message}"
+    print(f"{program_name()}: error: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def program_name():
+    """The name of the script that is running."""
+    return Path(sys.argv[0]).name

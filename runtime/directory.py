@@ -1,30 +1,47 @@
 """A run's directory: its name, its lock, files written whole or not at all, args.json."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
 import platform
 import shutil
+import socket
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import faiss
 import filelock
 import torch
 
-from runtime.cli import fail
-from runtime.distributed import RESTARTS, get_rank_and_world
+from runtime.cli import DISK_IS_FULL, fail
+from runtime.distributed import RESTARTS, get_rank_and_world, print_main
+
+LEASE = 60  # seconds without a sign of life after which another run may take the directory over
+NO_FLOCK = (  # how file systems such as Lustre and NFS say that they have no locks
+    errno.ENOSYS,
+    errno.ENOLCK,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+)
 
 FILES = (  # what a run and its evaluation leave
     "checkpoint*.pth.tar",
     "probe.pth.tar",
     "args.json",
+    "images.txt",
+    "broken.txt",
     "eval.json",
     "log.csv",
     "events.out.tfevents.*",
     "curves.png",
     "prototypes.png",
     "map.png",
+    "map_[0-9]*.png",
 )
 
 
@@ -48,26 +65,135 @@ def choose_directory(exp_dir, resume):
     return directory
 
 
+def check_writable(directory):
+    """End the program in one line, before it reads the data, if `directory` cannot be written."""
+    place = directory
+    while not place.exists():  # it will be made below the first folder that is there
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        fail(f"cannot write to {directory}: {error.strerror}; choose another --exp-dir")
+
+
 @contextlib.contextmanager
 def lock(directory):
     """Context in which the run's directory exists and no other run can use it.
 
     The first rank creates and locks it. Ends the program in one line if that is impossible.
     """
-    held = contextlib.nullcontext()
+    if get_rank_and_world()[0] > 0:
+        yield
+        return
+    holder = directory / ".holder"
     try:
-        if get_rank_and_world()[0] == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            held = filelock.FileLock(directory / ".lock").acquire(blocking=False)
+        directory.mkdir(parents=True, exist_ok=True)
+        held = acquire(directory, holder)
+        write_atomically(holder, describe_this_process().encode())
     except filelock.Timeout:
         fail(
-            f"another run is writing to {directory}; wait until it ends, or choose another "
-            "--exp-dir"
+            f"another run is writing to {directory}{read_holder(holder)}; wait until it ends, or "
+            "choose another --exp-dir"
         )
     except OSError as error:
+        if error.errno in DISK_IS_FULL:
+            raise
         fail(f"cannot write to {directory}: {error.strerror}; choose another --exp-dir")
     with held:
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                holder.unlink()
+
+
+def acquire(directory, holder):
+    """Lock `directory`. Raises filelock.Timeout if a live process holds the lock.
+
+    holder: file that says which process that is.
+    Normally the kernel knows whether the holder still runs. Some file systems of clusters have no
+    such locks. There the directory is leased.
+    """
+    lease = directory / ".lease"
+    with contextlib.ExitStack() as held:
+        try:
+            lock = filelock.FileLock(directory / ".lock", fallback_to_soft=False)
+            held.enter_context(lock.acquire(blocking=False))
+            is_locked = True
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            is_locked = False
+        if lease.exists() or not is_locked:
+            if holder.exists() and not lease.exists():  # a run where the kernel has locks
+                who = read_holder(holder)
+                fail(f"{directory} is locked{who}; if that run has ended, delete {holder}")
+            held.enter_context(acquire_lease(lease, holder))
+        return held.pop_all()
+
+
+def acquire_lease(path, holder):
+    """Hold the file `path` by touching it every few seconds. Raises filelock.Timeout like acquire.
+
+    A holder that has not touched it for LEASE seconds has died, perhaps on another machine. Then
+    the lease is taken over.
+    """
+    lease = filelock.SoftFileLease(
+        path,
+        lease_duration=LEASE,
+        heartbeat_interval=LEASE / 6,
+        on_compromise=end_after_loss,
+    )
+    with contextlib.suppress(filelock.Timeout):
+        return lease.acquire(blocking=False)
+
+    touched = last_touch(path)
+    print_main(
+        f"{path.parent} is locked{read_holder(holder)}; waiting {LEASE} seconds for a sign of life"
+    )
+
+    def is_alive():
+        return last_touch(path) not in (None, touched)
+
+    try:
+        held = lease.acquire(timeout=LEASE + 10, poll_interval=1, cancel_check=is_alive)
+    except filelock.Timeout:
+        if is_alive():
+            raise
+        who = read_holder(holder)
+        fail(f"{path.parent} is locked{who}; if that run has ended, delete {path}")
+    print_main(f"there is none: this run takes {path.parent} over")
+    return held
+
+
+def last_touch(path):
+    """When the holder of a lease has last touched its file, or None if the file has gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime_ns
+    return None
+
+
+def end_after_loss(_):
+    """End the program at once, because another run has taken its directory over."""
+    text = f"this process gave no sign of life for {LEASE} seconds; another run has its directory"
+    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def describe_this_process():
+    """Which process this is, and since when it has held the lock."""
+    now = time.strftime("%Y-%m-%d %H:%M")
+    return f"process {os.getpid()} on {socket.gethostname()} since {now}"
+
+
+def read_holder(path):
+    """Which process holds the lock, such as " (process 7 on node1 since ...)"; "" if unknown."""
+    with contextlib.suppress(OSError):
+        text = path.read_text(errors="replace")
+        if text.isprintable():
+            return f" ({text})"
+    return ""
 
 
 def clear(directory):

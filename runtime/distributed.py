@@ -1,20 +1,30 @@
 """Processes, ranks, and the signals that ask a run to stop. One process alone works as well."""
 
 import contextlib
+import hashlib
+import itertools
+import math
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime.cli import fail, say
+
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
 if hasattr(signal, "SIGUSR1"):  # not on Windows
     STOP_SIGNALS.append(signal.SIGUSR1)  # SLURM sends it before a job's time is up
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by `torchrun --max-restarts`
+JOIN = 300  # seconds for all processes to start and to find each other
+PATIENCE = timedelta(hours=2)  # for a process that is late, for example because it downloads
+SIZES = 1000  # image files whose sizes are compared between ranks
 
 
 # -- processes -------------------------------------------------------------------------------------
@@ -32,14 +42,55 @@ def init_distributed():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
 
-    timeout = timedelta(hours=2)
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    # a prefix per start, so that a restarted process does not find the addresses of dead ones
-    store = dist.PrefixStore(f"start {RESTARTS}", store)
-    # gloo for tensors on the CPU, so that looking for a stop signal does not wait for the GPU
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    wait_for_launcher()
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN)))
+        store.set_timeout(PATIENCE)
+        # a prefix per start, so that a restarted process does not find the addresses of dead ones
+        store = dist.PrefixStore(f"start {RESTARTS}", store)
+        # gloo for tensors on the CPU, so that looking for a stop signal does not wait for the GPU
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        fail_to_join(error)
     return device
+
+
+def wait_for_launcher():
+    """Wait until torchrun's address accepts connections. Ends the program if it never does."""
+    hosts_it = os.environ["RANK"] == "0" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+    if hosts_it or "MASTER_ADDR" not in os.environ:
+        return
+    address = (os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT"))
+    deadline = time.time() + JOIN
+    while True:
+        try:
+            socket.create_connection(address, timeout=JOIN).close()
+            return
+        except OSError as error:
+            if time.time() > deadline:
+                fail_to_join(error)
+            time.sleep(1)
+
+
+def fail_to_join(error):
+    """End the program because the processes of this run did not find each other."""
+    reason = str(error).partition("\n")[0]
+    fail(
+        f"the processes of this run did not find each other within {JOIN / 60:.0f} minutes; start "
+        f"all of them again ({reason})",
+        1,
+    )
+
+
+def memory_of(device):
+    """The memory of this process's device in bytes; infinite if it is not known."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows
+        return math.inf
 
 
 def get_rank_and_world():
@@ -52,7 +103,7 @@ def get_rank_and_world():
 def print_main(text):
     """Print on the first rank only."""
     if get_rank_and_world()[0] == 0:
-        print(text, flush=True)
+        say(text)
 
 
 @contextlib.contextmanager
@@ -86,6 +137,14 @@ def broadcast(tensor, source=0):
         dist.broadcast(tensor, source)
 
 
+def set_where_any_rank_has(flags):
+    """Set every element of the bool tensor `flags` (n,) that is set on any rank."""
+    if dist.is_initialized():
+        counts = flags.to(torch.uint8)
+        dist.all_reduce(counts, dist.ReduceOp.MAX)
+        flags.copy_(counts)
+
+
 def all_gather_objects(value):
     """The values of all ranks in rank order, on every rank."""
     if not dist.is_initialized():
@@ -93,6 +152,52 @@ def all_gather_objects(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def refuse_other_images(sources, image_size):
+    """End the program in one line, on all ranks, if one has other images than the first rank.
+
+    sources: a data.Source for each part of the data set. Names and labels are compared and, for up
+        to SIZES files, their sizes. Pixels are not.
+    """
+    if not dist.is_initialized():
+        return
+    facts = []
+    for source in sources:
+        names = source.names() or [f"image {i}" for i in range(len(source))]
+        labels = source.labels.tolist()
+        found = [f"{name}, label {label}" for name, label in zip(names, labels, strict=True)]
+        if source.samples is not None:
+            for i in range(0, len(found), math.ceil(len(found) / SIZES)):
+                with contextlib.suppress(OSError):
+                    found[i] += f", {os.path.getsize(source.samples[i][0])} bytes"
+        facts += [*found, "no further image"]
+    facts.append(f"views of {image_size} pixels")
+    refuse_difference("other images", facts)
+
+
+def refuse_difference(what, facts):
+    """End the program in one line, on all ranks, if one has other `facts` than the first rank.
+
+    what: says what differs. facts: a list of texts. The first one that differs is named.
+    """
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    if len(set(all_gather_objects(digest))) == 1:
+        return
+    rank, _ = get_rank_and_world()
+    difference = None
+    expected = broadcast_object(facts)
+    for own, first in itertools.zip_longest(facts, expected, fillvalue="nothing"):
+        if own != first:
+            where = f"on rank {rank} ({socket.gethostname()}) than on rank 0"
+            difference = f"{what} {where}: {own} instead of {first}; start all ranks with the same"
+            break
+    differences = [text for text in all_gather_objects(difference) if text is not None]
+    barrier()
+    dist.destroy_process_group()
+    if rank == 0:
+        fail(differences[0])
+    raise SystemExit(2)
 
 
 def data_parallel(model, unused=()):
@@ -113,13 +218,18 @@ def data_parallel(model, unused=()):
 
 # -- signals ---------------------------------------------------------------------------------------
 class StopSignals:
-    """Context in which a stop signal only sets a flag, to be read where the run can be resumed."""
+    """Context in which a stop signal only sets a flag, to be read where the run can be resumed.
+
+    A second Ctrl-C stops at once. Outside the main thread, where Python allows no signal handlers,
+    signals keep their usual effect.
+    """
 
     def __enter__(self):
         self.received = 0  # the signal's number
         self.before = {}
-        for number in STOP_SIGNALS:
-            self.before[number] = signal.signal(number, self._receive)
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self.before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_):
@@ -127,7 +237,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number, _):
+        # with several processes, torchrun repeats the signal
+        if number == self.received == signal.SIGINT and not dist.is_initialized():
+            raise KeyboardInterrupt
         self.received = number
+        if number == signal.SIGINT and sys.stderr.isatty():
+            os.write(2, b"\nstopping after this step or clustering; Ctrl-C again stops at once\n")
 
     def received_by_any(self):
         """Whether any rank has received a signal. All ranks have to ask."""
@@ -152,7 +267,8 @@ class StopSignals:
 def ignore_stop_signals(_=None):
     """Let a loader worker live through a stop signal that reaches all processes of a job.
 
-    The run needs the worker to finish its step. A signal from the run itself ends the worker.
+    The run needs the worker to finish its step. A signal from the run itself ends the worker. If
+    the run ends first, the worker does not complain about its lost connections.
     """
 
     def wait():
@@ -160,6 +276,7 @@ def ignore_stop_signals(_=None):
             pass
         os._exit(0)
 
+    sys.excepthook = lambda *_: None  # errors in the data set reach the run in another way
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         threading.Thread(target=wait, daemon=True).start()

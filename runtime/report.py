@@ -10,6 +10,7 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+from runtime.cli import say
 from runtime.directory import write_atomically
 from runtime.distributed import get_rank_and_world
 
@@ -30,9 +31,9 @@ def write_log(directory, board, rows, warning=""):
     if get_rank_and_world()[0] > 0:
         return
     row = rows[-1]
-    print(format_epoch(row), flush=True)
+    say(format_epoch(row))
     if warning:
-        print(warning, flush=True)
+        say(warning)
     for name, value in row.items():
         if name != "epoch" and value is not None:
             board.add_scalar(name, value, row["epoch"])
@@ -73,11 +74,12 @@ def new_figure(path, width, height, layout=None):
     write_atomically(path, file.getbuffer())
 
 
-def draw_curves(path, rows, warmup, knn_untrained):
+def draw_curves(path, rows, warmup, knn_untrained, start="untrained"):
     """Draw losses, accuracies and learning rate over the epochs.
 
     rows: {figure: value} per epoch. warmup: number of warm-up epochs.
-    knn_untrained: kNN accuracy before the first step in percent, or None. On the first rank only.
+    knn_untrained: kNN accuracy before the first step in percent, or None. start: what to call the
+        network at that time. On the first rank only.
     """
     if get_rank_and_world()[0] > 0:
         return
@@ -96,7 +98,7 @@ def draw_curves(path, rows, warmup, knn_untrained):
             for name in names:
                 draw_curve(axes, rows, name, first=warmup if name.endswith("_proto") else 0)
             if names == ("knn",) and knn_untrained is not None:
-                axes.axhline(knn_untrained, linestyle=":", label="untrained")
+                axes.axhline(knn_untrained, linestyle=":", label=start)
             if rows[0]["epoch"] < warmup <= rows[-1]["epoch"]:
                 label = "end of the warm-up" if title == "loss" else ""
                 axes.axvline(warmup - 0.5, color="0.6", lw=0.8, label=label)

@@ -186,15 +186,12 @@ def state_without_fc(encoder):
 def export(path, encoder, arch, small_images):
     """Write the backbone as {name: float32 tensor}; a ResNet's names are torchvision's.
 
-    Returns a line of Python that loads it. Ends the program in one line if `path` is not writable.
+    Returns a line of Python that loads it. Raises OSError if `path` cannot be written.
     """
     state = {}
     for name, tensor in state_without_fc(encoder).items():
         state[name] = tensor.cpu().float().contiguous().clone()
-    try:
-        save_tensors(Path(path), state)
-    except (OSError, ValueError) as error:
-        fail(format_error(f"cannot write {path} ({error})"))
+    save_tensors(Path(path), state)
     load = f"load_state_dict(torch.load({str(path)!r}), strict=False)"
     is_torchvisions = arch.startswith("resnet") and "_w" not in arch and not small_images
     if not is_torchvisions:

@@ -156,7 +156,7 @@ def test_images_without_classes_are_found_at_any_depth(folder, tmp_path, depth):
     assert (datasets.plain.labels == -1).all()
     assert not datasets.labelled
     assert datasets.image_size == 10
-    assert datasets.describe() == "48 training images, no classes, 10 pixels"
+    assert datasets.describe() == "48 training images, no classes, 10 pixels; left out: 1 .txt"
     assert datasets.fingerprint != build_datasets(str(folder)).fingerprint
 
 

@@ -22,6 +22,10 @@ SHORT = [*TINY, "--epochs", 2, "--warmup", 1]
 CLUSTER_FIGURES = ("NMI", "AMI", "ARI", "acc")
 
 
+class PowerCut(BaseException):
+    """The process dies here."""
+
+
 def evaluate(*args):
     """Evaluate with these arguments, of any type. Returns the table."""
     return eval_lincls.main([str(arg) for arg in args])
@@ -220,9 +224,10 @@ def test_the_host_waits_for_the_device_every_few_steps(folder, tmp_path, monkeyp
 
 
 def test_a_huge_learning_rate_stops_the_run(folder, tmp_path):
-    message = r"epoch 0, step \d: the loss is (nan|inf).*the last good state is in"
+    steps = ["--epochs", 3, "-b", 4, "--bn-splits", 1]  # 12 steps per epoch
+    message = r"epoch 0, step \d+: the loss is (nan|inf).*the last good state is in"
     with pytest.raises(SystemExit, match=message):
-        run(folder, *TINY, "--epochs", 3, "--lr", 1e9, "--exp-dir", tmp_path)
+        run(folder, *TINY, *steps, "--lr", 999, "--wd", 900, "--exp-dir", tmp_path)
     assert_finite(weights(tmp_path))
 
 
@@ -255,10 +260,10 @@ def test_resuming_equals_never_having_stopped(folder, tmp_path, monkeypatch):
     def save_and_die(directory, run, *args, **kwargs):
         save(directory, run, *args, **kwargs)
         if run.epoch == 2:
-            raise KeyboardInterrupt
+            raise PowerCut
 
     monkeypatch.setattr(runtime.checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(PowerCut):
         run(*options, "--exp-dir", parts)
     monkeypatch.setattr(runtime.checkpoint, "save", save)
     run(*options, "--exp-dir", parts, "--resume")
@@ -488,11 +493,11 @@ def test_an_interrupted_published_probe_continues(folder, tmp_path, monkeypatch)
         save(path, state)
         epochs.append(state["epoch"])
         if state["epoch"] == 50:
-            raise KeyboardInterrupt
+            raise PowerCut
 
     # the first evaluation dies after 50 epochs, the second goes on from there
     monkeypatch.setattr(runtime.checkpoint, "save_tensors", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(PowerCut):
         evaluate(*options)
     evaluate(*options)
     assert epochs == list(range(1, 101))
@@ -520,7 +525,7 @@ def test_several_runs_give_mean_and_standard_deviation(folder, tmp_path, capsys)
     summary = capsys.readouterr().out.split("mean and")[1]
     (line,) = (line for line in summary.splitlines() if line.startswith("linear"))
     expected = f"{statistics.mean(linear):.1f} ± {statistics.stdev(linear):.1f}"
-    assert line.split(maxsplit=1)[1] == expected
+    assert line.split("(fast)")[1].strip() == expected
 
 
 def test_bad_checkpoints_get_one_line(folder, tmp_path, capsys):
@@ -541,7 +546,7 @@ def test_bad_checkpoints_get_one_line(folder, tmp_path, capsys):
     torch.save({"a": 1}, bad)
     assert "holds no ResNet" in fails(capsys, eval_lincls.main, *pretrained)
     torch.save({"args": argparse.Namespace(), "state_dict": {}}, bad)
-    assert "argparse.Namespace" in fails(capsys, eval_lincls.main, *pretrained)
+    assert "holds no ResNet" in fails(capsys, eval_lincls.main, *pretrained)
     assert "name the data" in fails(capsys, eval_lincls.main, "--pretrained", good)
     assert "there is no" in fails(capsys, eval_lincls.main, "--exp-dir", tmp_path / "none")
 
