@@ -179,6 +179,14 @@ class HalfJitter(main_pcl.RandomView):
         self.jitter = self.jitter / 2
 
 
+class LessGrayscale(main_pcl.RandomView):
+    """The random view with half the chance of losing its colour."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.chances["grayscale"] /= 2
+
+
 def weighted_proto_nce(weight, *args):
     """ProtoNCE with a weight on its gradient. The loss in the log has no weight."""
     value, acc = loss.proto_nce(*args)
@@ -251,6 +259,7 @@ PATCHES = {
     "twin": (main_pcl, "MoCo", partial(HeadB, kind="twin")),
     "fork": (main_pcl, "MoCo", partial(HeadB, kind="fork")),
     "half-jitter": (main_pcl, "RandomView", HalfJitter),
+    "grayscale-0.1": (main_pcl, "RandomView", LessGrayscale),
     "weight-0.1": (main_pcl, "proto_nce", partial(weighted_proto_nce, 0.1)),
     "weight-0.3": (main_pcl, "proto_nce", partial(weighted_proto_nce, 0.3)),
     "one-step": (main_pcl, "info_nce", info_nce_within_step),
@@ -653,7 +662,7 @@ def unpack_fashion_mnist(source, stem, out, n):
 def get_parser():
     """The parser of all flags but --patched, which stands alone."""
     epilog = ["experiments:"]
-    epilog += [f"  {name:<10} {x['question']}" for name, x in EXPERIMENTS.items()]
+    epilog += [f"  {name:<11} {x['question']}" for name, x in EXPERIMENTS.items()]
     epilog += ["", "patches, besides those in peers.py and published.py:"]
     epilog.append(textwrap.indent(textwrap.fill(", ".join(PATCHES), 78), "  "))
     parser = argparse.ArgumentParser(
