@@ -14,6 +14,8 @@ FEW_IMAGES = 1_000
 SHORT_QUEUE = 64  # keys
 HIGH_ACC_INST = 99  # percent
 NO_GAIN = 1  # percentage points of kNN accuracy
+SMALL_IMAGE = 64  # pixels; at this size a ResNet-18 trains on a laptop
+DAY = 24 * 60 * 60  # seconds
 
 
 def expectations(n, labelled, settings, has_labels=False):
@@ -49,6 +51,25 @@ def expectations(n, labelled, settings, has_labels=False):
             "ProtoNCE: this run trains with InfoNCE alone."
         )
     return lines
+
+
+def warn_of_days(seconds, settings):
+    """A warning if the rest of the run takes `seconds`, and that is more than a day, else ""."""
+    if seconds < DAY:
+        return ""
+    ways = ["fewer --epochs"]
+    if not settings["amp"]:
+        ways.insert(0, "--amp")
+    if settings["arch"] not in ("resnet18", "resnet18_w16"):
+        ways.insert(0, "-a resnet18")
+    if settings["image_size"] > SMALL_IMAGE:
+        ways.insert(0, f"--image-size {SMALL_IMAGE}")
+    if settings["device"] == "cpu":
+        ways.append("a GPU")
+    return (
+        f"warning: at this speed the run takes {seconds / DAY:.1f} days. "
+        f"What makes it shorter: {', '.join(ways)}"
+    )
 
 
 def warn_of_leak(log, knn_untrained, settings):

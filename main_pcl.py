@@ -139,7 +139,8 @@ def train_one_epoch(run, network, loader, random_view, keys, stop):
         model.dequeue_and_enqueue(k)
         run.step += 1
 
-        # keep the results on the device and look at them every SYNC_EVERY steps
+        # keep the results on the device and look at them every SYNC_EVERY steps, or if steps take
+        # more than a second, at every one
         figures = {
             "loss_inst": loss_inst.detach(),
             "loss_proto": loss_proto.detach(),
@@ -150,16 +151,27 @@ def train_one_epoch(run, network, loader, random_view, keys, stop):
         n = len(images)  # with --symmetric, the second half repeats the samples of the first
         # a copy of the index, because a tensor from a loader worker keeps a file open
         pending.append((index[:n].clone(), features[:n], figures))
-        if len(pending) == SYNC_EVERY:
+        is_slow = time.time() - start > run.step - first_step
+        if len(pending) == SYNC_EVERY or is_slow:
             collect_results(run, pending, keys)
-            mean_loss = (run.totals["loss_inst"] + run.totals["loss_proto"]) / run.step
-            steps_left = (args.epochs - run.epoch) * steps - run.step
-            bar.say(f"loss {mean_loss:.3f}", steps_left / (run.step - first_step))
+            show_progress(run, bar, steps, run.step - first_step)
         if stop.received_by_any():
             break
     collect_results(run, pending, keys)
     run.seconds += time.time() - start
     share_results(run)
+
+
+def show_progress(run, bar, steps, steps_done):
+    """Show the mean loss and the remaining time. Warn after a minute if the run takes days.
+
+    bar: the epoch's Progress. steps: of an epoch. steps_done: those that the bar has counted.
+    """
+    mean_loss = (run.totals["loss_inst"] + run.totals["loss_proto"]) / run.step
+    steps_left = (run.args.epochs - run.epoch) * steps - run.step
+    seconds_left = bar.say(f"loss {mean_loss:.3f}", steps_left / steps_done)
+    if run.epoch == 0 and bar.first_minute_ends():
+        bar.note(diagnose.warn_of_days(seconds_left, vars(run.args)))
 
 
 def collect_results(run, pending, keys):

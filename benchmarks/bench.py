@@ -3,6 +3,7 @@
     pip install matplotlib
     python benchmarks/bench.py                      # writes bench.md, bench.csv, bench_growth.png
     python benchmarks/bench.py --quick --out DIR    # tiny sizes, to see that it runs
+    python benchmarks/bench.py --draw               # draws bench_growth.png from bench.csv again
 
 The published procedures (github.com/salesforce/PCL) are written out below in their plainest form. A
 comparison runs both sides in turn and gives the median of the paired ratios, with the lowest and
@@ -46,6 +47,13 @@ import model  # noqa: E402
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLACE = {"device": DEVICE, "memory_format": torch.channels_last}
 COLUMNS = ("what", "size", "ours", "unit", "share", "peak_mb", "published", "ratio", "low", "high")
+GROWTH = {  # {rows of `growth`: what grows}
+    "k-means: M": "k-means: samples",
+    "k-means: K": "k-means: clusters",
+    "k-means: D": "k-means: dimensions",
+    "ProtoNCE: batch": "ProtoNCE: images per batch",
+    "ProtoNCE: K": "ProtoNCE: clusters",
+}
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -648,11 +656,8 @@ def ranks(setting, repeats):
     yield row("two processes, one thread each", size, np.median(two), two / one, unit=unit)
 
 
-def growth(m, k, doublings, axes):
-    """How the cost grows with a size: each size doubled a few times.
-
-    Yields rows, and draws the curves on `axes`.
-    """
+def growth(m, k, doublings):
+    """How the cost grows with a size: each size doubled a few times."""
 
     def kmeans_seconds(m, k, d):
         """The faster of two tries."""
@@ -674,21 +679,49 @@ def growth(m, k, doublings, axes):
         "ProtoNCE: K": (50 * k, lambda size: proto_nce_seconds(10 * size, size, 256)),
     }
     for what, (first, measure) in curves.items():
-        sizes = [first * 2**i for i in range(doublings)]
-        seconds = []
-        for size in sizes:
-            seconds.append(measure(size))
-            yield row(what, size, seconds[-1])
-        relative_sizes = np.divide(sizes, first)
-        relative_seconds = np.divide(seconds, seconds[0])
-        axes.loglog(relative_sizes, relative_seconds, "o-", label=f"{what}, from {first}")
-    axes.loglog([1, 8], [1, 8], "k:", label="in proportion")
-    axes.set(xlabel="size, relative", ylabel="time, relative")
+        for i in range(doublings):
+            size = first * 2**i
+            yield row(what, size, measure(size))
+
+
+def draw_growth(rows, path):
+    """Draw the rows of `growth`: time against size, both relative to the smallest size.
+
+    rows: of bench.csv, as {column: text or number}; other rows are left out.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.add_subplot()
+    in_seconds = EngFormatter("s", places=0)
+    longest = 1
+    for what, name in GROWTH.items():
+        chosen = [row for row in rows if row["what"] == what]
+        if not chosen:
+            continue
+        sizes = np.array([float(row["size"]) for row in chosen])
+        seconds = np.array([float(row["ours"]) for row in chosen])
+        longest = max(longest, sizes[-1] / sizes[0])
+        times = f"{in_seconds(seconds[0])} to {in_seconds(seconds[-1])}"
+        label = f"{name}, {sizes[0]:,.0f} to {sizes[-1]:,.0f} ({times})"
+        axes.loglog(sizes / sizes[0], seconds / seconds[0], "o-", label=label)
+    axes.loglog([1, longest], [1, longest], "k:", label="in proportion to the size")
+
+    # ticks at the doublings, for both axes
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(2))
+        axis.set_major_formatter("{x:g}x")
+        axis.set_minor_locator(NullLocator())
+    axes.set(title="How the time grows with each size")
+    axes.set(xlabel="size, against the smallest", ylabel="time, against that of the smallest size")
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 # -- the whole table -------------------------------------------------------------------------------
-def sections(repeats, axes):
+def sections(repeats):
     """All sections. The sizes of ProtoNCE and of the clustering are ImageNet's."""
     few = max(2, repeats // 2)
     m = 1_281_167
@@ -706,11 +739,11 @@ def sections(repeats, axes):
         networks("resnet50", 10_000, "resnet18", 16, repeats),
         memory([10**5, 10**6, 10**7]),
         ranks(Setting("resnet18", size=32, batch=256, n=512), few),
-        growth(8000, 200, doublings=4, axes=axes),
+        growth(8000, 200, doublings=4),
     ]
 
 
-def quick_sections(repeats, axes):
+def quick_sections(repeats):
     """The same at tiny sizes."""
     few = max(2, repeats // 2)
     digits = Setting("resnet18_w16", size=8, batch=128, n=256)
@@ -724,7 +757,7 @@ def quick_sections(repeats, axes):
         networks("resnet18", 600, "resnet18_w4", 8, repeats),
         memory([1000, 2000]),
         ranks(Setting("resnet18_w4", size=8, batch=16, n=64), 1),
-        growth(400, 10, doublings=2, axes=axes),
+        growth(400, 10, doublings=2),
     ]
 
 
@@ -754,12 +787,13 @@ def markdown(row):
 
 
 def main():
-    from matplotlib.figure import Figure
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument(
+        "--draw", action="store_true", help="draw bench_growth.png from bench.csv, measure nothing"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="pairs in a comparison; default: 5")
     parser.add_argument(
         "--out",
@@ -769,11 +803,19 @@ def main():
         help="directory for the three files; default: results",
     )
     args = parser.parse_args()
+    if args.draw and not (args.out / "bench.csv").exists():
+        parser.error(f"there is no bench.csv in {args.out}")
+    if not args.draw:
+        args.out.mkdir(parents=True, exist_ok=True)
+        measure_all(quick_sections if args.quick else sections, args.repeats, args.out)
+    with open(args.out / "bench.csv", newline="") as file:
+        draw_growth(list(csv.DictReader(file)), args.out / "bench_growth.png")
+
+
+def measure_all(make_sections, repeats, out):
+    """Print the table, and write it to bench.csv and bench.md in the directory `out`."""
     torch.manual_seed(0)
     random.seed(0)
-    figure = Figure(figsize=(6, 4))
-    make_sections = quick_sections if args.quick else sections
-
     machine = f"{os.cpu_count()} cores ({os.uname().machine})"
     lines = [
         f"{machine}, {DEVICE.type}, torch {torch.__version__}\n",
@@ -781,11 +823,10 @@ def main():
         "|---" * 7 + "|",
     ]
     print(*lines, sep="\n")
-    args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "bench.csv", "w", newline="") as file:
+    with open(out / "bench.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for section in make_sections(args.repeats, figure.subplots()):
+        for section in make_sections(repeats):
             for cells in section:
                 cells = {"unit": "s", **cells}
                 lines.append(markdown(cells))
@@ -794,8 +835,7 @@ def main():
                     if isinstance(value, float):
                         cells[column] = f"{value:.4g}"
                 writer.writerow(cells)
-    (args.out / "bench.md").write_text("\n".join(lines) + "\n")
-    figure.savefig(args.out / "bench_growth.png", dpi=100, bbox_inches="tight")
+    (out / "bench.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

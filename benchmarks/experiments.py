@@ -19,22 +19,28 @@ experiments.csv belongs to the arms with its command. If a run stops early becau
 finite, its row has only the training accuracies of its last whole epoch. The column `minutes` is
 the time spent on training steps.
 
+The exit status is 2 if the command line or the data is wrong, which is checked before the first
+run, and 1 if runs have failed.
+
 A patch is a change for which main_pcl.py has no flag. Some patches are deliberate mistakes. To try
 one by hand, give its name, then any flags of main_pcl.py:
 
     python benchmarks/experiments.py --patched twin -- --amp --cos
 """
 
-import argparse
 import configparser
 import copy
 import csv
+import difflib
 import gzip
 import json
+import math
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
+import zlib
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -48,9 +54,11 @@ import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.nn import BatchNorm1d, Conv2d, Linear, ReLU, Sequential  # noqa: E402
 
+import data as data_sets  # noqa: E402
 import loss  # noqa: E402
 import main_pcl  # noqa: E402
 import model  # noqa: E402
+from runtime import cli  # noqa: E402
 
 # the flags that all runs on a data set have
 SMALL_PHOTOGRAPHS = "--image-size 16 --amp --cos --epochs 40 --warmup 10 -j 0"
@@ -66,10 +74,16 @@ FIGURES = ("linear", "knn", "nmi", "ami", "acc", "acc_inst", "acc_proto")
 COLUMNS = ["experiment", "data", "arm", "seed", *FIGURES]
 COLUMNS += ["images_seen", "minutes", "command", "commit"]
 
-# the tables, {column: figure}, and the curves
+# the tables, {column: figure}
 MEANS = {"linear": "linear", "kNN": "knn", "acc": "acc", "acc_inst": "acc_inst"}
 DIFFERENCES = {"Δ linear": "linear", "Δ kNN": "knn", "Δ acc": "acc"}
-CURVES = ("knn", "acc_inst", "loss_inst")
+
+# the curves, {figure: title}
+CURVES = {"knn": "kNN accuracy (%)", "acc_inst": "acc_inst (%)", "loss_inst": "loss_inst"}
+COLUMNS_PER_BLOCK = 3  # panels of one figure side by side
+PANEL_WIDTH = 1.85  # inches
+PANEL_HEIGHT = 1.5
+TITLE_WIDTH = 36  # characters per line of a panel's title
 
 # what main_pcl.py and eval_lincls.py print last if the loss or the features are not finite
 DIVERGED = ("stopped at epoch", "are not finite")
@@ -271,12 +285,17 @@ PATCHES = {
 }
 
 
-def run_patched(names, argv):
-    """Apply the patches `names`, then run main_pcl.py with the command line `argv`."""
-    for name in names:
+def run_patched(words):
+    """Apply some patches, then run main_pcl.py.
+
+    words: the names of the patches, separated by commas; "--"; the command line of main_pcl.py.
+    """
+    if len(words) < 2 or words[1] != "--":
+        cli.fail("a patched run is written --patched NAME,NAME -- FLAGS")
+    for name in words[0].split(","):
         module, attribute, replacement = find_patch(name)
         setattr(module, attribute, replacement)
-    return main_pcl.main(argv)
+    return main_pcl.main(words[2:])
 
 
 def find_patch(name):
@@ -291,7 +310,7 @@ def find_patch(name):
 
         patches = published.PATCHES
     if name not in patches:
-        sys.exit(f"no patch is called {name}; choose one of {', '.join(patches)}")
+        cli.fail(f"no patch is called {name}; choose one of {', '.join(patches)}")
     return patches[name]
 
 
@@ -361,19 +380,18 @@ def rows_of(name, rows):
 
 
 # -- running ---------------------------------------------------------------------------------------
-def run_missing(args, path):
+def run_missing(args, places, path):
     """Run each command without a row in the file `path`, and append its rows.
 
     A command gets one row for each experiment that it belongs to.
+    places: {letter: path} of the data sets to run on.
+    Returns the number of runs that failed.
     """
-    places = {}  # {letter of a data set: its path}
-    for word in args.data:
-        letter, _, place = word.partition("=")
-        places[letter] = str(Path(place).resolve())
-
     stored = read(path)
     known = {row["command"]: row for row in stored}
     jobs = list_jobs(args, places, {key_of(row) for row in stored})
+    check_patches(jobs)
+    failed = 0
 
     def figures(command):
         if command in known:  # another experiment has run it
@@ -383,8 +401,11 @@ def run_missing(args, path):
     # Ctrl-C ends the runs and leaves this block, which drops the jobs that are left
     with ThreadPool(args.n) as pool:
         for command, found in pool.imap_unordered(figures, jobs):
-            if found is not None:
+            if found is None:
+                failed += 1
+            else:
                 append([found | row for row in jobs[command]], path)
+    return failed
 
 
 def list_jobs(args, places, stored):
@@ -566,8 +587,9 @@ def markdown_line(cells):
 
 # -- curves ----------------------------------------------------------------------------------------
 def draw(name, rows, runs, path):
-    """Draw the curves of an experiment: a row of axes for each data set, a curve for each arm.
+    """Draw the curves of an experiment: a block of small panels per data set and figure.
 
+    A block has a panel per arm, with the data set's first arm in grey in each.
     runs: the directory of the runs. Missing runs are left out. If all are missing, the picture at
         `path` stays as it is.
     """
@@ -583,25 +605,56 @@ def draw(name, rows, runs, path):
     if not logs:
         return
 
-    figure = Figure(figsize=(16, 4 * len(logs)), layout="tight")
+    # a block is as high as its panels and its title
+    heights = [max(2, grid_of(logs_of_arms)[0]) + 0.4 for logs_of_arms in logs.values()]
+    width = PANEL_WIDTH * COLUMNS_PER_BLOCK * len(CURVES)
+    height = PANEL_HEIGHT * (sum(heights) + 0.3)
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(EXPERIMENTS[name]["question"])
-    all_axes = figure.subplots(len(logs), len(CURVES), squeeze=False)
-    for axes, (data, logs_of_arms) in zip(all_axes, logs.items(), strict=True):
-        for arm, log in logs_of_arms.items():
-            number = list(EXPERIMENTS[name]["arms"]).index(arm)
-            for ax, curve in zip(axes, CURVES, strict=True):
-                draw_curve(ax, log, curve, arm, number)
-        for ax, curve in zip(axes, CURVES, strict=True):
-            ax.set(title=f"{data}: {curve}", xlabel="epoch")
-        axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    blocks = figure.subfigures(len(logs), len(CURVES), squeeze=False, height_ratios=heights)
+    for row, (data, logs_of_arms) in zip(blocks, logs.items(), strict=True):
+        for block, (curve, title) in zip(row, CURVES.items(), strict=True):
+            draw_block(block, logs_of_arms, curve, f"{data}: {title}")
     figure.savefig(path, dpi=100)
 
 
-def draw_curve(ax, log, curve, arm, number):
+def grid_of(logs):
+    """The rows and columns of panels in a block. The first arm has no panel of its own."""
+    panels = max(1, len(logs) - 1)
+    return math.ceil(panels / COLUMNS_PER_BLOCK), min(panels, COLUMNS_PER_BLOCK)
+
+
+def draw_block(block, logs, curve, title):
+    """Draw one figure of all arms, with the same axes in every panel.
+
+    block: a subfigure of matplotlib. logs: {arm: rows of the log.csv of all seeds}; the first arm
+    is the one in grey. curve: name of the figure.
+    """
+    base, *others = logs
+    block.suptitle(f"{title}; grey: {base}", fontsize=9)
+    rows, columns = grid_of(logs)
+    panels = block.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for ax in panels:
+        draw_curve(ax, logs[base], curve, "0.55")
+        ax.tick_params(labelsize=6)
+        ax.grid(alpha=0.3)
+    for ax, arm in zip(panels, others, strict=False):
+        draw_curve(ax, logs[arm], curve, "C0")
+        ax.set_title(textwrap.fill(arm, TITLE_WIDTH, break_on_hyphens=False), fontsize=6.5)
+
+    # the lowest panel of each column has the epochs, and the cells below it are empty
+    used = max(1, len(others))
+    for ax in panels[used - columns : used]:
+        ax.tick_params(labelbottom=True)
+        ax.set_xlabel("epoch", fontsize=7)
+    for ax in panels[used:]:
+        ax.remove()
+
+
+def draw_curve(ax, log, curve, color):
     """Draw the mean of a figure over the seeds, and a band from its lowest to its highest value.
 
-    log: rows of the log.csv of all seeds. curve: name of the figure. arm: label of the curve.
-    number: number of the arm, which sets the style.
+    log: rows of the log.csv of all seeds. curve: name of the figure.
     """
     values = {}  # {epoch: values of the seeds}
     for row in log:
@@ -611,12 +664,8 @@ def draw_curve(ax, log, curve, arm, number):
     means = [np.mean(values[epoch]) for epoch in epochs]
     lowest = [min(values[epoch]) for epoch in epochs]
     highest = [max(values[epoch]) for epoch in epochs]
-
-    # ten colours, then the same with dashes, then with dots
-    color = f"C{number % 10}"
-    styles = ("-", "--", ":")
-    ax.plot(epochs, means, styles[number // 10 % 3], color=color, label=arm)
-    ax.fill_between(epochs, lowest, highest, color=color, alpha=0.15)
+    ax.plot(epochs, means, color=color, linewidth=1.2)
+    ax.fill_between(epochs, lowest, highest, color=color, alpha=0.25, linewidth=0)
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -625,12 +674,15 @@ def make_data(source, out):
 
     source: a folder with train/CLASS/ and test/CLASS/, or with Fashion-MNIST's *-ubyte.gz.
     """
-    copy_images(source / "train", out / "train", 1000)
-    copy_images(source / "test", out / "test", 200)
-    if not (source / "train").exists():
-        unpack_fashion_mnist(source, "train", out / "train", 1000)
-    if not (source / "test").exists():
-        unpack_fashion_mnist(source, "t10k", out / "test", 200)
+    try:
+        copy_images(source / "train", out / "train", 1000)
+        copy_images(source / "test", out / "test", 200)
+        if not (source / "train").exists():
+            unpack_fashion_mnist(source, "train", out / "train", 1000)
+        if not (source / "test").exists():
+            unpack_fashion_mnist(source, "t10k", out / "test", 200)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        cli.fail(f"cannot make data from {source}: {cli.format_error(error)}")
 
 
 def copy_images(source, out, n):
@@ -659,37 +711,154 @@ def unpack_fashion_mnist(source, stem, out, n):
 
 
 # -- the command line ------------------------------------------------------------------------------
+def check_names(args):
+    """End the program in one line if an experiment or an arm does not exist."""
+    for name in args.experiments:
+        if name not in EXPERIMENTS:
+            cli.fail(f"no experiment is called {name}{suggest(name, EXPERIMENTS)}")
+    if args.arms is None:
+        return
+    known = [arm for name in args.experiments for arm in EXPERIMENTS[name]["arms"]]
+    for arm in args.arms:
+        if arm not in known:
+            cli.fail(f"no arm of {' or '.join(args.experiments)} is {arm!r}{suggest(arm, known)}")
+    for name in args.experiments:
+        if not set(args.arms) & EXPERIMENTS[name]["arms"].keys():
+            cli.fail(f"{name} would run nothing: it has none of these arms")
+
+
+def suggest(word, known):
+    """The end of a message: the most similar of the `known` words, or all of them."""
+    close = difflib.get_close_matches(word, known, 1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; choose from {', '.join(known)}"
+
+
+def read_places(words):
+    """The data sets to run on, {letter: path}, from the words of --data.
+
+    Ends the program in one line if a word is not a letter of DATA_FLAGS with its folder.
+    """
+    places = {}
+    for word in words:
+        letter, _, place = word.partition("=")
+        if letter not in DATA_FLAGS:
+            cli.fail(f"--data {word}: no data set is called {letter!r}; write P=DIR, F=DIR or D")
+        if letter in places:
+            cli.fail(f"--data names {letter} twice")
+        if letter == "D" and word != "D":
+            cli.fail(f"--data {word}: D is the digits in assets/ and takes no folder")
+        if letter != "D" and not place:
+            cli.fail(f"--data {word}: {letter} needs its folder, {letter}=DIR")
+        places[letter] = str(Path(place).resolve())
+    return places
+
+
+def check_before_running(args, places, path):
+    """End the program in one line if an experiment would run nothing, or its runs would fail.
+
+    This takes seconds, and a run takes minutes.
+    places: {letter: path} of the data sets. path: experiments.csv.
+    """
+    for name in args.experiments:
+        letters = EXPERIMENTS[name]["data"]
+        if not set(letters) & places.keys():
+            needed = ["D" if letter == "D" else f"{letter}=DIR" for letter in letters]
+            cli.fail(f"{name} would run nothing: it needs --data {' '.join(needed)}")
+    for letter, place in places.items():
+        if letter != "D":
+            check_data(letter, place)
+
+    check_directory(args.runs)
+    check_directory(args.out)
+    try:
+        path.open("a").close()
+    except OSError as error:
+        cli.fail(f"cannot write {path}: {error.strerror}")
+    rows = read(path)
+    if rows and list(rows[0]) != COLUMNS:
+        cli.fail(f"{path} has other columns; name another --out")
+
+
+def check_data(letter, place):
+    """End the program in one line unless a run on the folder `place` can be evaluated."""
+    try:
+        if not Path(place).is_dir():
+            raise data_sets.DataError("there is no such folder")
+        datasets = data_sets.build_datasets(place)
+        if not datasets.labelled or len(datasets.classes) != CLASSES:
+            raise data_sets.DataError(
+                f"{datasets.describe()}; the evaluation needs held-out images in {CLASSES} classes"
+            )
+    except data_sets.DataError as error:
+        message = cli.format_error(error)
+        cli.fail(f"--data {letter}={place}: {message}; make it with --make-data")
+
+
+def check_directory(directory):
+    """Create `directory`. End the program in one line if no file can be written there."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        cli.fail(f"cannot write to {directory}: {error.strerror}")
+
+
+def check_patches(commands):
+    """End the program in one line if a patch needs something that is not installed."""
+    names = set()
+    for command in commands:
+        words = command.split()
+        if "--patched" in words:
+            names.update(words[words.index("--patched") + 1].split(","))
+    for name in sorted(names):
+        try:
+            find_patch(name)
+        except ImportError as error:
+            package = error.name.partition(".")[0]
+            cli.fail(f"the patch {name} needs {package}: pip install {package}")
+    if "published" in names and "PCL" not in os.environ:
+        cli.fail("set PCL to the folder of the published code; see benchmarks/published.py")
+
+
 def get_parser():
     """The parser of all flags but --patched, which stands alone."""
     epilog = ["experiments:"]
     epilog += [f"  {name:<11} {x['question']}" for name, x in EXPERIMENTS.items()]
     epilog += ["", "patches, besides those in peers.py and published.py:"]
     epilog.append(textwrap.indent(textwrap.fill(", ".join(PATCHES), 78), "  "))
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="\n".join(epilog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser(__doc__, epilog="\n".join(epilog))
     add = parser.add_argument
     add("experiments", nargs="*", metavar="NAME", help="experiments to run, from the list below")
     add(
         "--data",
-        nargs="*",
+        nargs="+",
         default=["D"],
         metavar="P=DIR",
         help="data sets to run on, and their folders: P=DIR, F=DIR, or D, which needs no folder; "
         "an experiment skips those it does not use; default: D",
     )
-    add("--arms", nargs="*", metavar="ARM", help="arms to run; default: all")
+    add(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="arms to run; --arms=ARM if its name is a single flag; default: all",
+    )
     add(
         "--seeds",
-        nargs="*",
-        type=int,
+        nargs="+",
+        type=cli.nonnegative_int,
         default=[0, 1, 2],
         metavar="SEED",
         help="seeds to run; default: 0 1 2",
     )
-    add("-n", type=int, default=1, help="runs at a time, with one thread each; default: 1")
+    add(
+        "-n",
+        type=cli.positive_int,
+        default=1,
+        help="runs at a time, with one thread each; default: 1",
+    )
     add(
         "--runs",
         type=Path,
@@ -718,31 +887,44 @@ def get_parser():
 
 
 def main(argv=None):
-    """Run what is missing, draw the curves and print the tables."""
+    """Run what is missing, draw the curves and print the tables. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--patched"]:  # --patched NAME,NAME -- FLAGS
-        return run_patched(argv[1].split(","), argv[3:])
+        run_patched(argv[1:])
+        return 0
 
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.make_data:
-        return make_data(*args.make_data)
+        make_data(*args.make_data)
+        return 0
     if not args.experiments:
-        return parser.print_help()
-    unknown = set(args.experiments) - EXPERIMENTS.keys()
-    if unknown:
-        parser.error(f"no experiment is called {' or '.join(unknown)}")
+        parser.print_help()
+        return 0
 
+    check_names(args)
+    places = read_places(args.data)
     path = args.out / "experiments.csv"
+    failed = 0
     if not args.table:
-        args.out.mkdir(parents=True, exist_ok=True)
-        run_missing(args, path)
+        check_before_running(args, places, path)
+        try:
+            failed = run_missing(args, places, path)
+        except KeyboardInterrupt:
+            cli.fail("stopped; the same command continues the runs", 130)
+    elif not path.exists():
+        cli.fail(f"there are no results yet: {path} does not exist")
     for name in args.experiments:
         rows = read(path)
         if not args.table:
             draw(name, rows, args.runs, args.out / f"{name}.png")
         print(table(name, rows))
+    if failed:
+        message = f"failed runs, without a row: {failed}; the same command tries them again"
+        print(message, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

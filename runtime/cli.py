@@ -247,11 +247,30 @@ class Progress(tqdm):
         if not sys.stderr.isatty():
             kwargs |= {"delay": EVERY, "mininterval": EVERY, "maxinterval": EVERY}
         super().__init__(*args, leave=False, dynamic_ncols=True, **kwargs)
+        self.in_first_minute = True
 
     def say(self, text, ratio):
-        """Show `text` and the remaining time, which is `ratio` times this bar's elapsed time."""
-        left = self.format_interval(self.format_dict["elapsed"] * ratio)
+        """Show `text` and the remaining time, which is `ratio` times this bar's elapsed time.
+
+        Returns the remaining time in seconds.
+        """
+        seconds = self.format_dict["elapsed"] * ratio
+        left = self.format_interval(seconds)
         self.set_postfix_str(f"{text}, the run ends in {left}", refresh=False)
+        return seconds
+
+    def first_minute_ends(self):
+        """True at the first call after a minute, otherwise False."""
+        ends = self.in_first_minute and self.format_dict["elapsed"] > 60
+        if ends:
+            self.in_first_minute = False
+        return ends
+
+    def note(self, text):
+        """Print a line above the bar, unless it is empty. Other ranks print nothing."""
+        if text and not self.disable:
+            with self.external_write_mode():
+                say(text)
 
     def display(self, msg=None, pos=None):
         if sys.stderr.isatty():

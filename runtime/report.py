@@ -6,6 +6,7 @@ features.
 
 import contextlib
 import io
+import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -122,9 +123,10 @@ def draw_curve(axes, rows, name, first):
 def draw_prototypes(path, images, features, clusters, epoch):
     """Draw one prototype per row with its nearest images, from the tightest cluster to the loosest.
 
-    images: a data set with `image` and `labels` like data.Images. features: (M, D) unit rows.
-    clusters: the Clusters of these features.
+    images: a data set with `image`, `labels` and `source` like data.Images; its source may have
+        the names of the classes. features: (M, D) unit rows. clusters: their Clusters.
     """
+    classes = getattr(images.source, "classes", [])
     im2cluster = clusters.im2cluster.cpu().numpy()
     centroids = clusters.centroids.cpu().numpy()
     density = clusters.density.cpu().numpy()
@@ -136,7 +138,10 @@ def draw_prototypes(path, images, features, clusters, epoch):
     rows = min(PROTOTYPES, len(order))
     order = order[np.linspace(0, len(order) - 1, rows).round().astype(int)]
 
-    with new_figure(path, CELL * (NEAREST + 2.8), CELL * (len(order) + 0.6)) as figure:
+    width = CELL * (NEAREST + 2.8)
+    height = CELL * (len(order) + 0.6)
+    with warnings.catch_warnings(), new_figure(path, width, height) as figure:
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in another script
         axes = figure.add_axes(
             (0, 0, 1, 1),
             xlim=(-3.3, NEAREST - 0.5),
@@ -145,9 +150,11 @@ def draw_prototypes(path, images, features, clusters, epoch):
         )
         title = f"epoch {epoch}, {len(centroids)} clusters"
         axes.text(-0.46, -0.8, title, va="center", weight="bold")
+        meaning = "phi: concentration, low = tight"
+        axes.text(NEAREST - 0.54, -0.8, meaning, ha="right", va="center", size=8)
         for row, k in enumerate(order):
             members = np.flatnonzero(im2cluster == k)
-            text = describe_cluster(images.labels.numpy()[members], density[k])
+            text = describe_cluster(images.labels.numpy()[members], density[k], classes)
             axes.text(-0.62, row, text, ha="right", va="center", size=7)
             nearest = members[np.argsort(-features[members] @ centroids[k])][:NEAREST]
             for column, index in enumerate(nearest):
@@ -157,13 +164,28 @@ def draw_prototypes(path, images, features, clusters, epoch):
                 axes.imshow(image, extent=extent)
 
 
-def describe_cluster(labels, phi):
-    """Size, purity and concentration of a cluster, as text. labels: (n,), -1 if unknown."""
+def describe_cluster(labels, phi, classes):
+    """The most common class of a cluster, its size and its concentration, as text.
+
+    labels: (n,), -1 if unknown. classes: their names, which may be missing.
+    """
+    text = f"{len(labels)} images, phi {phi:.3f}"
     counts = np.bincount(labels[labels >= 0])
-    purity = ""
-    if len(counts):
-        purity = f", {100 * counts.max() / counts.sum():.0f} % one class"
-    return f"{len(labels)} images{purity}\nphi {phi:.3f}"
+    if len(counts) == 0:
+        return text
+    common = int(counts.argmax())
+    name = str(common)
+    if common < len(classes):
+        name = display_name(classes[common])
+    return f"{100 * counts[common] / counts.sum():.0f} % class {name}\n{text}"
+
+
+def display_name(name, length=16):
+    """The name of a class for a picture: one line, not too long, and without formulas."""
+    name = " ".join(str(name).encode(errors="replace").decode().split())
+    if len(name) > length:
+        name = name[: length - 1] + "…"
+    return name.replace("$", r"\$")
 
 
 def draw_map(path, features, labels, classes, prototypes):

@@ -1,5 +1,6 @@
 """What several test files share: small data sets, small runs, and comparisons of their results."""
 
+import io
 import os
 import shutil
 
@@ -10,6 +11,10 @@ import torch
 from PIL import Image
 
 import main_pcl
+import metrics
+from runtime import report
+from runtime.directory import write_atomically
+from runtime.distributed import get_rank_and_world
 
 # Steps this small run fastest on one thread. The variable is for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -19,6 +24,33 @@ faiss.omp_set_num_threads(1)
 # flags of a small run on one of the folders below
 TINY = ["-a", "resnet18_w4", "-b", "16", "--bn-splits", "2", "-j", "0"]
 TINY += ["--num-cluster", "4,8", "--pcl-r", "8"]
+
+
+# -- shortcuts -------------------------------------------------------------------------------------
+def write_small_picture(path, *_):
+    """In place of a function that draws a picture."""
+    if get_rank_and_world()[0] == 0:
+        file = io.BytesIO()
+        Image.new("L", (1, 1)).save(file, "PNG")
+        write_atomically(path, file.getbuffer())
+
+
+def take_shortcuts(setattr):
+    """Leave out what takes most of the time of a small run, and has tests of its own.
+
+    These are the pictures, and the weak penalties that the linear probe tries.
+    setattr: a function of (object, name, value).
+    """
+    for name in ("draw_curves", "draw_prototypes", "draw_map"):
+        setattr(report, name, write_small_picture)
+    setattr(metrics, "STRENGTHS", metrics.STRENGTHS[:3])
+
+
+@pytest.fixture(autouse=True)
+def shortcuts(request, monkeypatch):
+    """All tests take the shortcuts, except those marked with no_shortcuts."""
+    if request.node.get_closest_marker("no_shortcuts") is None:
+        take_shortcuts(monkeypatch.setattr)
 
 
 # -- data ------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import bench
@@ -94,3 +95,30 @@ def test_sections_fill_the_columns_of_the_table():
         assert row.keys() <= set(bench.COLUMNS)
         assert row["ours"] > 0
         assert row["low"] <= row["ratio"] <= row["high"]
+
+
+def test_the_picture_of_the_growth_names_sizes_and_times(tmp_path, monkeypatch):
+    rows = list(bench.growth(200, 4, doublings=2))
+    assert {row["what"] for row in rows} == set(bench.GROWTH)
+
+    # drawn from bench.csv, where numbers are text
+    rows = []
+    for what in bench.GROWTH:
+        for size, seconds in ((1000, "0.002"), (2000, "0.003"), (4000, "0.008")):
+            rows.append({"what": what, "size": str(size), "ours": seconds})
+    rows.append({"what": "another row", "size": "resnet50", "ours": ""})
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    bench.draw_growth(rows, tmp_path / "growth.png")
+    (axes,) = figures[0].axes
+    *curves, proportional = axes.lines
+    assert len(curves) == len(bench.GROWTH)
+    for curve in curves:
+        assert list(curve.get_xdata()) == [1, 2, 4]
+        assert list(curve.get_ydata()) == pytest.approx([1, 1.5, 4])
+    assert list(proportional.get_xdata()) == [1, 4]
+    names = [text.get_text() for text in axes.get_legend().texts]
+    assert names[0] == "k-means: samples, 1,000 to 4,000 (2 ms to 8 ms)"
+    assert axes.get_xlabel()
+    assert axes.get_ylabel()
+    assert axes.xaxis.get_major_formatter()(4, 0) == "4x"

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, run, state
+from conftest import TINY, fails, run, state
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import experiments
@@ -70,9 +71,13 @@ def test_the_last_of_equal_flags_counts_and_values_multiply():
 
 
 # -- patches ---------------------------------------------------------------------------------------
-def test_an_unknown_patch_is_named_in_one_line():
-    with pytest.raises(SystemExit, match="no patch is called twins"):
-        experiments.main(["--patched", "twins", "--"])
+def test_an_unknown_patch_is_named_in_one_line(capsys):
+    assert "no patch is called twins" in fails(capsys, experiments.main, "--patched", "twins", "--")
+
+
+@pytest.mark.parametrize("words", [[], ["twin"], ["twin", "--amp", "--cos"]])
+def test_a_patched_run_without_its_two_dashes_is_refused(capsys, words):
+    assert "--patched NAME,NAME -- FLAGS" in fails(capsys, experiments.main, "--patched", *words)
 
 
 @pytest.mark.parametrize("name", experiments.PATCHES)
@@ -228,7 +233,8 @@ def test_go_on_does_not_stop_a_run_that_diverges(patch, folder, tmp_path):
 class FakeRuns:
     """In place of subprocess.run: leaves the files of a run without training. Git runs as usual.
 
-    A run with --lr 9 diverges. With --lr 0.2 its linear accuracy is 91 + 2 * seed, else 90.
+    A run with --lr 9 diverges, one with --lr 8 fails. With --lr 0.2 the linear accuracy is
+    91 + 2 * seed, else 90.
     """
 
     def __init__(self, folder):
@@ -246,14 +252,16 @@ class FakeRuns:
             self.before_seed_7 = None
             function()
 
+        if "8" in words:
+            return subprocess.CompletedProcess(words, 1)
         directory = Path(words[words.index("--exp-dir") + 1])
         log = "epoch,acc_inst,acc_proto,loss_inst,images_per_second,knn\n"
         log += "0,10,20,3,100,\n1,40,50,2,100,30\n"
         (directory / "log.csv").write_text(log)
         args = {"data": str(self.folder), "image_size": 8, "batch_size": 16, "symmetric": True}
         (directory / "args.json").write_text(json.dumps(args))
-        figures = {"linear": 90, "kNN 200": 80, "NMI 10": 70, "AMI 10": 60, "acc 10": 50}
-        figures["acc 10 held out"] = 1
+        figures = {"linear": 90, "kNN 200": 80, "NMI 3": 70, "AMI 3": 60, "acc 3": 50}
+        figures["acc 3 held out"] = 1
         if "lr-0.2" in directory.name:
             figures["linear"] = 91 + 2 * int(directory.name[-1])
         (directory / "eval.json").write_text(json.dumps({"figures": {"trained": figures}}))
@@ -264,23 +272,29 @@ class FakeRuns:
         return subprocess.CompletedProcess(words, int(diverges))
 
 
+DRAW = experiments.draw
+
+
 @pytest.fixture
 def fake(folder, tmp_path, monkeypatch):
     """FakeRuns, with two experiments, "one" and "two", of the same three arms.
 
-    `fake.main(name, seeds, ...)` is the program with these experiments.
+    `fake.main(name, seeds, ...)` is the program with these experiments. It draws no curves unless
+    experiments.draw is DRAW.
     """
     runs = FakeRuns(folder)
+    monkeypatch.setattr(experiments, "draw", lambda *_: None)
     monkeypatch.setattr(subprocess, "run", runs)
     runs.arms = {"a": "--lr 0.1", "b": "--lr 0.2", "nan": "--lr 9"}
     for name in ("one", "two"):
         experiment = {"data": "P", "question": "?", "arms": runs.arms}
         monkeypatch.setitem(experiments.EXPERIMENTS, name, experiment)
     monkeypatch.setitem(experiments.DATA_FLAGS, "P", "-b 16 --symmetric")
+    monkeypatch.setattr(experiments, "CLASSES", 3)  # those of `folder`
     options = ["--data", f"P={folder}", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
 
     def main(name, *seeds_and_others):
-        experiments.main([name, *options, "--seeds", *seeds_and_others])
+        return experiments.main([name, *options, "--seeds", *seeds_and_others])
 
     runs.main = main
     return runs
@@ -289,7 +303,7 @@ def fake(folder, tmp_path, monkeypatch):
 def test_a_run_becomes_a_row_once(fake, tmp_path):
     path = tmp_path / "experiments.csv"
     # two launches for each run, training and evaluation; one if the training diverges
-    fake.main("one", "0", "1")
+    assert fake.main("one", "0", "1") == 0
     assert len(fake.launched) == 10
     fake.main("one", "0", "1", "2", "--arms", "a")
     assert len(fake.launched) == 12
@@ -330,13 +344,112 @@ def test_the_table_has_means_differences_and_stopped_runs(fake, tmp_path, capsys
     assert "| a |" not in experiments.table("one", rows)
 
 
-def test_the_picture_stays_if_the_runs_are_gone(fake, tmp_path):
+def test_the_picture_stays_if_the_runs_are_gone(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "draw", DRAW)
     fake.main("one", "0", "1")
     picture = (tmp_path / "one.png").stat()
     shutil.rmtree(tmp_path / "runs")
     fake.main("one", "0", "1")
     assert len(fake.launched) == 10
     assert (tmp_path / "one.png").stat() == picture
+
+
+def test_the_picture_compares_each_arm_with_the_first(fake, tmp_path, monkeypatch):
+    figures = []
+    savefig = Figure.savefig
+
+    def remember(self, *args, **options):
+        figures.append(self)
+        savefig(self, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    monkeypatch.setattr(experiments, "draw", DRAW)
+    fake.arms["a long name, --lr 0.12 @fp16-range @topk @go-on --warmup 40"] = "--lr 0.4"
+    fake.arms["c"] = "--lr 0.5"
+    fake.main("one", "0", "1")
+
+    (figure,) = figures
+    others = [name for name in fake.arms if name != "a"]
+    titles = [panel.get_title().replace("\n", " ") for panel in figure.axes]
+    assert titles == others * len(experiments.CURVES)
+    for panel in figure.axes:
+        grey, arm = panel.lines
+        assert list(grey.get_ydata()) == list(arm.get_ydata())  # all these runs have the same log
+        assert grey.get_color() != arm.get_color()
+
+    # nothing lies outside the picture, or on another panel or its title
+    whole = figure.bbox
+    boxes = [panel.get_tightbbox() for panel in figure.axes]
+    for i, box in enumerate(boxes):
+        assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+def test_failed_runs_give_status_1_and_no_row(fake, tmp_path, capsys):
+    fake.arms["bad"] = "--lr 8"
+    assert fake.main("one", "0", "1") == 1
+    error = capsys.readouterr().err.splitlines()
+    assert len([line for line in error if line.startswith("failed, see")]) == 2
+    assert error[-1].startswith("failed runs, without a row: 2;")
+    rows = experiments.read(tmp_path / "experiments.csv")
+    assert len(rows) == 6  # of the other arms
+    assert fake.main("one", "0", "--arms", "a") == 0
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["on"], "no experiment is called on; did you mean one?"),
+        (["one", "--arms", "nam"], "no arm of one is 'nam'; did you mean nan?"),
+        (["one", "--arms", "x"], "choose from a, b, nan"),
+        (["one", "digits", "--arms", "a"], "digits would run nothing: it has none of these arms"),
+        (["one", "--data", "p=DATA"], "no data set is called 'p'"),
+        (["one", "--data", "P"], "P needs its folder, P=DIR"),
+        (["one", "--data", "P="], "P needs its folder, P=DIR"),
+        (["one", "--data", "P=DATA", "P=DATA"], "names P twice"),
+        (["one", "--data", "D=DATA"], "takes no folder"),
+        (["one"], "one would run nothing: it needs --data P=DIR"),
+        (["one", "--data", "D"], "one would run nothing: it needs --data P=DIR"),
+        (["one", "--data", "P=none"], "there is no such folder"),
+        (["one", "--data", "P=EMPTY"], "has no images"),
+        (["one", "--data", "P=DATA/train"], "the evaluation needs held-out images in 3 classes"),
+        (["one", "--data", "P=DATA", "--out", "FILE"], "cannot write to"),
+        (["one", "--data", "P=DATA", "--out", "FILE/new"], "cannot write to"),
+        (["one", "--data", "P=DATA", "--runs", "FILE"], "cannot write to"),
+        (["one", "--data", "P=DATA", "--out", "TAKEN"], "experiments.csv"),
+        (["one", "--data", "P=DATA", "--out", "OTHER"], "has other columns"),
+        (["one", "--data", "P=DATA", "--arms"], "--arms"),
+        (["one", "--data", "P=DATA", "-n", "0"], "-n"),
+        (["one", "--data", "P=DATA", "--seeds", "-1"], "--seeds"),
+        (["missing", "--data", "P=DATA"], "the patch lightly-MoCo needs"),
+        (["--table", "one", "--out", "EMPTY"], "there are no results yet"),
+        (["--make-data", "EMPTY", "NEW"], "cannot make data from"),
+    ],
+)
+def test_a_mistake_is_said_in_one_line_before_anything_runs(
+    fake, folder, tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("EMPTY", "TAKEN/experiments.csv", "OTHER"):
+        Path(name).mkdir(parents=True)
+    Path("FILE").touch()
+    Path("OTHER/experiments.csv").write_text("a,b\n1,2\n")
+    missing = {"data": "P", "question": "?", "arms": {"a": "@lightly-MoCo"}}
+    monkeypatch.setitem(experiments.EXPERIMENTS, "missing", missing)
+    monkeypatch.setitem(sys.modules, "peers", None)  # importing it fails
+    words = [word.replace("DATA", str(folder)) for word in words]
+
+    assert message in fails(capsys, experiments.main, *words)
+    assert fake.launched == []
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_data_of_another_number_of_classes_is_refused(fake, capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "CLASSES", 10)
+    assert "3 classes" in fails(capsys, lambda _: fake.main("one", "0"))
+    assert fake.launched == []
 
 
 def test_the_readmes_tables_are_those_of_the_stored_rows():

@@ -29,6 +29,7 @@ from conftest import (
     wait_for_line,
     weights,
 )
+from processes import end, finish, finish_ranks, start
 from torch.utils.data import DataLoader, TensorDataset
 
 import main_pcl
@@ -41,50 +42,49 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 # 4 epochs of 6 steps; the second epoch is the first one with clusters
 SMALL = [*TINY, "-b", "8", "--epochs", "4", "--warmup", "1", "--cos", "--amp", "--knn-every", "2"]
 
-# main_pcl.py, but rank RANK sends itself a signal at the N-th call of a function:
-# python FILE MODULE FUNCTION N SIGNAL RANK ARGUMENTS
-DYING = f"""
-import importlib
-import os
+
+# -- processes -------------------------------------------------------------------------------------
+def main(*arguments):
+    """main_pcl.py with these arguments, of any type."""
+    main_pcl.main([str(argument) for argument in arguments])
+
+
+def main_with_signal(module, function, n, number, rank, *arguments):
+    """main_pcl.py, but `rank` sends itself a signal at the `n`-th call of a function.
+
+    number: of the signal. A rank that was restarted sends none.
+    """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if restarted and os.environ["RANK"] == "0":
+        time.sleep(3)  # so that the other ranks look for rank 0's address before it has a new one
+
+    module = importlib.import_module(module)
+    original = getattr(module, function)
+    is_the_one = os.environ.get("RANK", "0") == str(rank) and not restarted
+    calls = 0
+
+    def dying(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == n and is_the_one:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(module, function, dying)
+    main(*arguments)
+
+
+# the same for torchrun: python FILE MODULE FUNCTION N SIGNAL RANK ARGUMENTS
+SCRIPT = f"""
 import sys
-import time
 
-sys.path.insert(0, {str(Path(MAIN).parent)!r})
-restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-if restarted and os.environ["RANK"] == "0":
-    time.sleep(3)  # so that the other ranks look for rank 0's address before it has a new one
+sys.path[:0] = [{str(Path(MAIN).parent)!r}, {str(Path(__file__).parent)!r}]
 
-import main_pcl
+from test_faults import main_with_signal
 
-module = importlib.import_module(sys.argv[1])
-function = sys.argv[2]
-n = int(sys.argv[3])
-number = int(sys.argv[4])
-rank = sys.argv[5]
-del sys.argv[1:6]
-
-original = getattr(module, function)
-is_the_one = os.environ.get("RANK", "0") == rank and not restarted
-calls = 0
-
-def dying(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == n and is_the_one:
-        os.kill(os.getpid(), number)
-    return original(*args, **kwargs)
-
-setattr(module, function, dying)
-main_pcl.main()
+module, function, n, number, rank, *arguments = sys.argv[1:]
+main_with_signal(module, function, int(n), int(number), int(rank), *arguments)
 """
-
-
-@pytest.fixture(scope="session")
-def dying(tmp_path_factory):
-    """The path of the script above."""
-    path = tmp_path_factory.mktemp("dying") / "dying.py"
-    path.write_text(DYING)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -95,16 +95,12 @@ def whole(folder, tmp_path_factory):
     return weights(directory)
 
 
-def finish(*command, timeout=120):
-    """Run a command to its end."""
-    command = [str(part) for part in command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-
-
-def start(*command, **options):
-    """Start a command and leave it running."""
-    command = [str(part) for part in command]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+@pytest.fixture(scope="module")
+def whole_of_20_epochs(folder, tmp_path_factory):
+    """The same for a run of 20 epochs."""
+    directory = tmp_path_factory.mktemp("whole")
+    run(folder, *SMALL, "--epochs", 20, "--exp-dir", directory)
+    return weights(directory)
 
 
 class CallCounter:
@@ -127,7 +123,7 @@ class CallCounter:
 
 
 # -- kills -----------------------------------------------------------------------------------------
-def test_ten_kills_change_nothing(folder, tmp_path, whole, dying):
+def test_ten_kills_change_nothing(folder, tmp_path, whole):
     """Eight kills at a random call of a function, one for each phase; two at random times.
 
     A failure prints its seed. KILL_SEED=... in the environment repeats it, except for the random
@@ -157,13 +153,14 @@ def test_ten_kills_change_nothing(folder, tmp_path, whole, dying):
         """Run up to `moment` and return the exit status."""
         if moment is not any_time:
             rank = 0
-            command = [sys.executable, dying, *moment, int(signal.SIGKILL), rank]
-            return finish(*command, *arguments).returncode
-        process = start(sys.executable, MAIN, *arguments)
+            status, _ = finish(main_with_signal, *moment, signal.SIGKILL, rank, *arguments)
+            return status
+        process = start(main, *arguments)
         process.stdout.readline()  # it has begun
         time.sleep(rng.uniform(0, 1.5))
         process.kill()
-        return process.wait()
+        status, _ = end(process)
+        return status
 
     def check_and_remove_finished_run():
         assert_same(whole, weights(directory))
@@ -180,7 +177,7 @@ def test_ten_kills_change_nothing(folder, tmp_path, whole, dying):
             moments.pop(0)
         else:  # it finished before the moment came: begin another run
             check_and_remove_finished_run()
-    assert finish(sys.executable, MAIN, *arguments).returncode == 0
+    assert finish(main, *arguments)[0] == 0
     check_and_remove_finished_run()
 
 
@@ -258,25 +255,25 @@ def test_a_machine_without_sigusr1(monkeypatch):
 
 def test_loader_workers_survive_a_signal_to_all_processes_of_a_run(mixed, tmp_path):
     options = [mixed, *SMALL, "--knn-every", "4", "--exp-dir"]
-    command = [sys.executable, MAIN, *options, tmp_path / "run", "-j", "2", "--resume"]
-    process = start(*command, start_new_session=True)
+    interrupted = [*options, tmp_path / "run", "-j", "2", "--resume"]
+    process = start(main, *interrupted, new_session=True)
     wait_for_line(process, "epoch   0")
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
-    assert finish(*command).returncode == 0
+    assert end(process)[0] == 128 + signal.SIGTERM
+    assert finish(main, *interrupted)[0] == 0
     run(*options, tmp_path / "whole", "-j", 0)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
 def test_two_runs_in_one_directory(folder, tmp_path, capsys):
     options = [folder, *TINY, "--epochs", 500, "--exp-dir", tmp_path]
-    process = start(sys.executable, MAIN, *options)
+    process = start(main, *options)
     wait_for_line(process, "images in memory")  # args.json has been written
     before = (tmp_path / "args.json").stat()
     assert "another run" in fails(capsys, main_pcl.main, *options)
     assert (tmp_path / "args.json").stat().st_ino == before.st_ino
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 128 + signal.SIGINT
+    os.kill(process.pid, signal.SIGINT)
+    assert end(process)[0] == 128 + signal.SIGINT
 
 
 @pytest.mark.parametrize(
@@ -287,11 +284,10 @@ def test_two_runs_in_one_directory(folder, tmp_path, capsys):
     ],
 )
 def test_epochs_that_are_not_saved_are_trained_again(
-    folder, tmp_path, monkeypatch, save_every, steps_lost
+    folder, tmp_path, monkeypatch, whole_of_20_epochs, save_every, steps_lost
 ):
     """Two signals and three power cuts, in short epochs."""
-    options = [folder, *SMALL, "--epochs", 20, "--resume"]
-    run(*options, "--exp-dir", tmp_path / "whole")
+    options = [folder, *SMALL, "--epochs", 20, "--resume", "--exp-dir", tmp_path]
     steps = 0
     info_nce = main_pcl.info_nce
 
@@ -308,10 +304,10 @@ def test_epochs_that_are_not_saved_are_trained_again(
     monkeypatch.setattr(main_pcl, "SAVE_EVERY", save_every)
     for _ in range(5):
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            run(*options, "--exp-dir", tmp_path / "parts")
-    run(*options, "--exp-dir", tmp_path / "parts")
+            run(*options)
+    run(*options)
     assert steps == 20 * 6 + steps_lost
-    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert_same(whole_of_20_epochs, weights(tmp_path))
 
 
 # -- full disks ------------------------------------------------------------------------------------
@@ -358,25 +354,25 @@ def test_no_room_for_features_is_an_error_and_not_a_crash(tmp_path):
 
 
 # -- several processes -----------------------------------------------------------------------------
-def test_ranks_stop_and_resume_in_other_numbers(folder, tmp_path, dying):
+def test_ranks_stop_and_resume_in_other_numbers(folder, tmp_path):
     """Two ranks until a signal in the middle of an epoch, then three until another, then one.
 
     Every step is taken once, and every key is saved once.
     """
     options = [folder, *SMALL, "-b", 12, "--bn-splits", 1, "--epochs", 3]
     options += ["--exp-dir", tmp_path, "--resume"]
-    sixth_step = ["main_pcl", "info_nce", 6, int(signal.SIGTERM)]
+    sixth_step = ["main_pcl", "info_nce", 6, signal.SIGTERM]
 
     last_rank = 1
-    done = finish(*TORCHRUN, "--nproc_per_node=2", dying, *sixth_step, last_rank, *options)
-    assert done.returncode != 0
-    assert "stopped by a signal" in done.stderr, done.stderr[-2000:]
+    ended = finish_ranks(2, main_with_signal, *sixth_step, last_rank, *options)
+    assert [status for status, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert "stopped by a signal" in ended[0][1], ended
     assert position(tmp_path) == (1, 2)
 
     last_rank = 2
-    done = finish(*TORCHRUN, "--nproc_per_node=3", dying, *sixth_step, last_rank, *options)
-    assert done.returncode != 0
-    assert "resumed at epoch 1, step 2" in done.stdout, done.stderr[-2000:]
+    ended = finish_ranks(3, main_with_signal, *sixth_step, last_rank, *options)
+    assert [status for status, _ in ended] == [128 + signal.SIGTERM] * 3, ended
+    assert "resumed at epoch 1, step 2" in ended[0][1], ended
     assert position(tmp_path) == (2, 4)
 
     # the keys of epoch 1: a file per rank, two steps in each
@@ -389,29 +385,35 @@ def test_ranks_stop_and_resume_in_other_numbers(folder, tmp_path, dying):
     assert [row["epoch"] for row in log] == [0, 1, 2]
 
 
-def test_a_rank_that_dies_ends_the_others(folder, tmp_path, dying):
-    fifth_step_of_rank_1 = ["main_pcl", "info_nce", 5, int(signal.SIGKILL), 1]
+def test_a_rank_that_dies_ends_the_others(folder, tmp_path):
+    fifth_step_of_rank_1 = ["main_pcl", "info_nce", 5, signal.SIGKILL, 1]
     options = [*fifth_step_of_rank_1, folder, *SMALL, "--exp-dir", tmp_path]
-    done = finish(*TORCHRUN, "--nproc_per_node=2", dying, *options, timeout=60)
-    assert done.returncode != 0
-    assert "another process of this run has ended" in done.stderr
+    (status, output), (killed, _) = finish_ranks(2, main_with_signal, *options)
+    assert killed == -signal.SIGKILL
+    assert status == 1
+    assert "another process of this run has ended" in output
 
 
-def test_max_restarts_brings_the_run_back(folder, tmp_path, dying):
+def test_max_restarts_brings_the_run_back(folder, tmp_path):
     options = [folder, *SMALL, "--pcl-r", 10, "--exp-dir"]
-    done = finish(*TORCHRUN, "--nproc_per_node=2", MAIN, *options, tmp_path / "whole")
-    assert done.returncode == 0
-    assert done.stdout.count("epoch   3") == 1
-    assert "2 x cpu" in done.stdout
+    ended = finish_ranks(2, main, *options, tmp_path / "whole")
+    assert [status for status, _ in ended] == [0, 0], ended
+    output = "".join(output for _, output in ended)
+    assert output.count("epoch   3") == 1
+    assert "2 x cpu" in output
 
     # the queue has taken both ranks' keys of all 4 x 6 steps; 10 does not divide their number
     whole = weights(tmp_path / "whole")
     torch.testing.assert_close(whole["module.queue"].norm(dim=0), torch.ones(10))
     assert whole["module.queue_ptr"].item() == 4 * 6 * 8 % 10
 
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
     eighth_step_of_rank_1 = ["main_pcl", "info_nce", 8, int(signal.SIGKILL), 1]
-    restarting = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=1"]
-    done = finish(*restarting, dying, *eighth_step_of_rank_1, *options, tmp_path / "parts")
+    command = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=1", script]
+    command += [*eighth_step_of_rank_1, *options, tmp_path / "parts"]
+    command = [str(word) for word in command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed at epoch 1, step 0" in done.stdout
     assert_same(whole, weights(tmp_path / "parts"))
@@ -433,7 +435,10 @@ def test_the_slurm_script(folder, tmp_path):
     (tmp_path / "scontrol").write_text(f"#!/bin/bash\necho $* > {tmp_path}/requeued\n")
     (tmp_path / "scontrol").chmod(0o755)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    job = start("bash", tmp_path / "job.sh", env={**os.environ, "PATH": path, "SLURM_JOB_ID": "7"})
+    environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(
+        ["bash", tmp_path / "job.sh"], stdout=subprocess.PIPE, text=True, env=environment
+    )
     wait_for_line(job, "epoch   1")
     job.send_signal(signal.SIGUSR1)
     job.communicate(timeout=60)

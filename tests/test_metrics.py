@@ -12,6 +12,8 @@ from sklearn.linear_model import LogisticRegression
 import metrics
 from metrics import agreement, draw_labels, knn_accuracy, linear_probe, logistic_regression, top_k
 
+pytestmark = pytest.mark.no_shortcuts
+
 
 def test_knn_accuracy_matches_its_formula():
     torch.manual_seed(0)

@@ -114,16 +114,20 @@ def clustered():
     def image(i):
         return Image.new("RGB", (40, 20), (i % 256, i // 256, 77))
 
-    return SimpleNamespace(labels=labels, image=image), features, clusters
+    source = SimpleNamespace(classes=["cat", "dog", "猫"])
+    return SimpleNamespace(labels=labels, image=image, source=source), features, clusters
 
 
-def expected_text(members, labels, density):
+def expected_text(members, images, density):
     """The text beside a prototype. members: numbers of its images."""
-    known = Counter(int(labels[i]) for i in members if labels[i] >= 0)
-    purity = ""
-    if known:
-        purity = f", {100 * max(known.values()) / known.total():.0f} % one class"
-    return f"{len(members)} images{purity}\nphi {density:.3f}"
+    text = f"{len(members)} images, phi {density:.3f}"
+    known = Counter(int(images.labels[i]) for i in members if images.labels[i] >= 0)
+    if not known:
+        return text
+    # of equally common classes, the first
+    common = max(sorted(known), key=known.get)
+    share = 100 * known[common] / known.total()
+    return f"{share:.0f} % class {images.source.classes[common]}\n{text}"
 
 
 def numbers_of(pictures):
@@ -134,14 +138,15 @@ def numbers_of(pictures):
 def test_prototypes_with_their_nearest_images(draw, clustered):
     images, features, clusters = clustered
     (axes,), pixels = draw(draw_prototypes, images, features, clusters, 199)
-    title, *texts = [text.get_text() for text in axes.texts]
+    title, meaning, *texts = [text.get_text() for text in axes.texts]
     assert title == "epoch 199, 7 clusters"
+    assert meaning == "phi: concentration, low = tight"
     assert len(texts) == 7
     assert len(axes.images) == 70
 
     for row, number in enumerate(FROM_TIGHT_TO_LOOSE):
         members = [i for i in range(300) if clusters.im2cluster[i] == number]
-        assert texts[row] == expected_text(members, images.labels, clusters.density[number])
+        assert texts[row] == expected_text(members, images, clusters.density[number])
         similarity = features @ clusters.centroids[number].numpy()
         nearest = sorted(members, key=lambda i: -similarity[i])[:10]
         assert numbers_of(axes.images[10 * row : 10 * row + 10]) == nearest
@@ -160,8 +165,35 @@ def test_few_prototypes_are_spread_from_the_tightest_to_the_loosest(draw, monkey
     images, features, clusters = clustered
     (axes,), _ = draw(draw_prototypes, images, features, clusters, 199)
     assert len(axes.images) == 3 * 4
-    densities = [text.get_text().split()[-1] for text in axes.texts[1:]]
+    densities = [text.get_text().split()[-1] for text in axes.texts[2:]]
     assert densities == ["1.000", "4.000", "7.000"]
+
+
+@pytest.mark.parametrize(
+    "classes, shown",
+    [
+        (["cat"], "cat"),
+        (["a name that is longer than its place"], "a name that is …"),
+        (["$x^$ and $"], r"\$x^\$ and \$"),
+        (["two\nlines"], "two lines"),
+        (["no text \udcff"], "no text ?"),
+        ([], "0"),  # a data set without names
+    ],
+)
+def test_any_name_of_a_class_is_shown_in_one_line(draw, clustered, classes, shown):
+    images, features, clusters = clustered
+    images.labels = torch.zeros(300).long()
+    images.source.classes = classes
+    (axes,), pixels = draw(draw_prototypes, images, features, clusters, 199)
+    assert axes.texts[2].get_text().splitlines()[0] == f"100 % class {shown}"
+    assert (pixels[:, :5] == 255).all()  # it ends before the edge of the picture
+
+
+def test_prototypes_of_a_data_set_that_knows_no_classes(draw, clustered):
+    images, features, clusters = clustered
+    images.source = []
+    (axes,), _ = draw(draw_prototypes, images, features, clusters, 199)
+    assert any("% class 2\n" in text.get_text() for text in axes.texts)
 
 
 # -- map -------------------------------------------------------------------------------------------

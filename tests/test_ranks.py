@@ -4,6 +4,7 @@ import argparse
 import functools
 from types import SimpleNamespace
 
+import processes
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -96,7 +97,9 @@ def one_rank(rank, world, directory):
 
 def test_ranks_share_keys_queue_features_clusters_and_knn(tmp_path):
     alone = shared_results(tmp_path / "alone")
-    torch.multiprocessing.spawn(one_rank, (WORLD, str(tmp_path)), WORLD)
+    processes.start_server()
+    arguments = (WORLD, str(tmp_path))
+    torch.multiprocessing.start_processes(one_rank, arguments, WORLD, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=False) for rank in range(WORLD)]
     first = ranks[0]
     keys = torch.cat([rank["k"] for rank in ranks])

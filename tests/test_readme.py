@@ -115,10 +115,12 @@ def evaluate(arguments):
 
 
 def launch(arguments):
-    """torchrun, with two processes."""
+    """torchrun, with as few processes as will do."""
     short = [*SHORT_EVALUATION, "-b", "16"]
     if "main_pcl.py" in arguments:
         short = SHORT_RUN
+    if "--nnodes=2" in arguments:  # one process is enough: the other commands have two
+        arguments.remove("--nproc_per_node=8")
     arguments = [ON_ONE_MACHINE.get(argument, argument) for argument in arguments]
     command = [sys.executable, "-m", "torch.distributed.run", *arguments, *short]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

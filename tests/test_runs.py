@@ -57,6 +57,7 @@ def test_every_combination_trains(folder, tmp_path, optim, head, precision):
     assert_finite(weights(tmp_path))
 
 
+@pytest.mark.no_shortcuts
 def test_the_default_run_learns_and_leaves_its_files(tmp_path, monkeypatch, capsys):
     """Ten epochs on the digits at twice the default learning rate are enough to see it learn."""
     monkeypatch.chdir(tmp_path)
@@ -436,6 +437,7 @@ def test_a_folder_without_held_out_images(folder, tmp_path):
     assert list(table["trained"]) == names
 
 
+@pytest.mark.no_shortcuts
 def test_a_folder_without_classes_trains_and_is_evaluated_on_another(folder, tmp_path, capsys):
     copy_flat(folder, tmp_path / "flat")
     run(tmp_path / "flat", *SHORT, "--exp-dir", tmp_path / "run")
