@@ -3,6 +3,7 @@
 A new interpreter would need five seconds of CPU time to import it.
 """
 
+import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -50,14 +51,19 @@ def _call(output, method, environment, new_session, function, args):
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     output.close()
-    sys.stdout = open(1, "w", closefd=False)  # the old objects may be of a file, not of a pipe
-    sys.stderr = open(2, "w", closefd=False)
+    sys.stdout = text_output(1)  # the old objects may be of a file, not of a pipe
+    sys.stderr = text_output(2)
     multiprocessing.set_start_method(method, force=True)
     if new_session:
         os.setsid()
     os.environ.update(environment)
     take_shortcuts(setattr)
     function(*args)
+
+
+def text_output(descriptor):
+    """A text stream that writes to a file descriptor at once."""
+    return io.TextIOWrapper(io.FileIO(descriptor, "w", closefd=False), write_through=True)
 
 
 def end(process, timeout=120):
