@@ -12,9 +12,11 @@ holds, an image becomes 8-bit RGB.
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import random
 import re
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -24,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageStat
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
@@ -38,6 +40,8 @@ with contextlib.suppress(ImportError):  # a plug-in of Pillow for .heic, if it i
 SMALL = 64  # up to this many pixels: no blur, and the plain view keeps the border
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
 MEMORY = 4 << 30  # bytes that images in memory may take
+CHUNK = 1 << 20  # bytes of images that a process hands over at a time
+MANY = 8 << 20  # bytes of images that one process reads in about a second
 ENOUGH = 4  # a large JPEG file is read at this many times the side of a view, or more
 SHOWN = 5  # broken images that an error names
 HEADERS = 1024  # images whose header tells whether there are any of more than 8 bits
@@ -290,8 +294,8 @@ def linear_view(image_size, flip=True):
     return T.Compose(transforms)
 
 
-def load_into_memory(datasets, device="cpu"):
-    """`datasets` with all images in the memory of `device`.
+def load_into_memory(datasets, device="cpu", workers=0):
+    """`datasets` with all images in the memory of `device`, read by `workers` processes if many.
 
     Training images are stored whole, because random crops are taken from them later. The plain and
     the held-out images are stored under their view.
@@ -313,7 +317,7 @@ def load_into_memory(datasets, device="cpu"):
     too_large = max(shape) > max(SMALL, 2 * side)
     train_pixels = None
     if not (too_many or too_large):
-        train_pixels = _read_all(whole, shape, "reading training images")
+        train_pixels = _read_all(whole, shape, "reading training images", workers)
     if train_pixels is None:
         refuse_broken([source])
         return datasets
@@ -321,7 +325,7 @@ def load_into_memory(datasets, device="cpu"):
     # Read the held-out images, and name all broken ones at once.
     val = datasets.val
     if val is not None:
-        val_pixels = _read_all(val, (3, side, side), "reading held-out images")
+        val_pixels = _read_all(val, (3, side, side), "reading held-out images", workers)
     refuse_broken(datasets.sources)
     if val is not None:
         val = Images(val.source, val.view, pixels=val_pixels.to(device))
@@ -330,8 +334,8 @@ def load_into_memory(datasets, device="cpu"):
     train_pixels = train_pixels.to(device)
     plain_pixels = train_pixels
     if side > SMALL or shape[1:] != (side, side):
-        plain_pixels = _read_all(datasets.plain, (3, side, side), "cropping training images")
-        plain_pixels = plain_pixels.to(device)
+        title = "cropping training images"
+        plain_pixels = _read_all(datasets.plain, (3, side, side), title, workers).to(device)
 
     train = Images(source, datasets.train.view, pixels=train_pixels)
     plain = Images(source, datasets.plain.view, pixels=plain_pixels)
@@ -346,20 +350,60 @@ def _first_shape(images):
     refuse_broken([images.source])
 
 
-def _read_all(images, shape, title):
+def _read_all(images, shape, title, workers):
     """The views of all `images`, (n, *shape) uint8, or None if one has another shape.
 
-    The views of broken images are left undefined; the source marks them.
-    title: of the progress bar.
+    The views of broken images are left at 0; the source marks them.
+    title: of the progress bar. workers: number of processes, unless there are few images.
     """
-    pixels = torch.empty(len(images), *shape, dtype=torch.uint8)
-    for i in tqdm(range(len(images)), title, leave=False, disable=None):
-        with contextlib.suppress(DataError):
-            view, _ = images[i]
-            if view.shape != pixels.shape[1:]:
+    n = len(images)
+    size = math.prod(shape)
+    loader = DataLoader(
+        _Views(images, shape),
+        batch_size=max(1, CHUNK // size),
+        collate_fn=identity_collate,
+        num_workers=workers if n * size > MANY else 0,
+        worker_init_fn=_ignore_ctrl_c,
+    )
+    pixels = torch.zeros(n, *shape, dtype=torch.uint8)
+    start = 0
+    with tqdm(total=n, desc=title, leave=False, disable=None) as bar:
+        for views in loader:
+            if views is None:
                 return None
-            pixels[i] = view
+            pixels[start : start + len(views)] = views
+            start += len(views)
+            bar.update(len(views))
     return pixels
+
+
+class _Views(Dataset):
+    """The views of `images`: a batch is (N, *shape) uint8, or None if a view has another shape.
+
+    The view of an image that cannot be read is 0.
+    """
+
+    def __init__(self, images, shape):
+        self.images = images
+        self.shape = shape
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitems__(self, indices):
+        views = torch.zeros(len(indices), *self.shape, dtype=torch.uint8)
+        for row, index in enumerate(indices):
+            with contextlib.suppress(DataError):
+                view, _ = self.images[index]
+                if view.shape != views.shape[1:]:
+                    return None
+                views[row] = view
+        return views
+
+
+def _ignore_ctrl_c(_):
+    """For a worker: Ctrl-C reaches all processes, and the main one ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def build_datasets(

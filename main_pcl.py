@@ -55,7 +55,7 @@ from features import (
 )
 from loss import info_nce, proto_nce
 from metrics import knn_accuracy
-from model import MoCo, backbone, build_encoder
+from model import MoCo, backbone, build_encoder, capture_encoders, compile_encoders
 from runtime import checkpoint, cli, distributed, image_files, report, weights
 from runtime.directory import check_writable, choose_directory, lock, write_args
 from runtime.distributed import get_rank_and_world, print_main
@@ -302,7 +302,10 @@ def gather_features(run, images, keys):
 
     # a pass over the images without a key
     def encode(batch):
-        return run.model.encode(normalize(batch))
+        n = len(batch)
+        if args.device == "cuda":  # where every new shape costs a search for the best algorithm
+            batch = pad_to(loader.batch_size, batch)
+        return run.model.encode(normalize(batch))[:n]
 
     with autocast(args):
         loader = plain_loader(images, missing, args)
@@ -316,6 +319,12 @@ def gather_features(run, images, keys):
 
     distributed.barrier()  # the other ranks wait for the file
     return np.load(path, mmap_mode="c")  # torch warns about arrays mapped with "r"
+
+
+def pad_to(n, batch):
+    """`batch` (B, ...) with images of zeros behind it, if it has fewer than `n` images."""
+    missing = batch.new_zeros(max(0, n - len(batch)), *batch.shape[1:])
+    return torch.cat([batch, missing])
 
 
 def train(run, datasets, stop):
@@ -511,9 +520,22 @@ def build_optimizer(model, args):
     return create_optimizer_v2(model, args.optim, lr=args.lr, weight_decay=args.wd, **options)
 
 
-def autocast(args):
+def autocast(args, **options):
     """Context in which the networks compute in mixed precision, if --amp asks for it."""
-    return torch.autocast(args.device, DTYPES[args.amp_dtype], enabled=args.amp)
+    return torch.autocast(args.device, DTYPES[args.amp_dtype], enabled=args.amp, **options)
+
+
+def speed_up_encoders(model, args):
+    """Compile the encoders (--compile), and make them CUDA graphs (--cuda-graphs)."""
+    if args.compile:
+        compile_encoders(model)
+    if args.cuda_graphs:
+        queries = args.batch_size
+        if args.symmetric:
+            queries *= 2
+        images = torch.randn(queries, 3, args.image_size, args.image_size, device=args.device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        capture_encoders(model, images, autocast(args, cache_enabled=False))
 
 
 # -- arguments -------------------------------------------------------------------------------------
@@ -525,6 +547,7 @@ def fill_in_defaults(args, datasets, world, device):
     )
     defaults |= datasets.augmentation
     defaults["num_cluster"] = default_num_cluster(n)
+    defaults["cuda_graphs"] = device == "cuda" and world == 1
     defaults["workers"] = min(8, max(1, (os.cpu_count() or 1) // world))
 
     final = {**vars(args), **defaults}
@@ -560,6 +583,11 @@ def check(args, n, world):
         f"{local_batch} images per process do not split into {args.bn_splits} equal groups of 2 or "
         "more; change --bn-splits",
     )
+    for flag, value in (("--cuda-graphs", args.cuda_graphs), ("--compile", args.compile)):
+        refuse(
+            value and (args.device != "cuda" or world > 1),
+            f"{flag} is for one process on a GPU; leave it out",
+        )
     most = max(args.num_cluster)
     refuse(
         most > n,
@@ -837,6 +865,19 @@ def add_optimization_arguments(add):
         default="auto",
         help="auto: bf16 if the device has it, otherwise fp16 with a gradient scaler",
     )
+    add(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="replay each encoder's pass as one call; turn it off to profile a step or to step "
+        "through it; default: on for one process on a GPU",
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile the encoders: half a minute at the start, then faster steps; for one process "
+        "on a GPU, because on a CPU it rounds the statistics of batch norm",
+    )
 
 
 def add_run_arguments(add):
@@ -919,7 +960,7 @@ def build_and_train(args):
         cli.phase("reading images"),
         image_files.broken_images_listed(directory, datasets, DataError),
     ):
-        datasets = load_into_memory(datasets, device)
+        datasets = load_into_memory(datasets, device, args.workers)
 
     # model, optimizer, and what a checkpoint holds besides
     torch.manual_seed(args.seed)
@@ -939,6 +980,7 @@ def build_and_train(args):
         write_args(directory, vars(args), run.epoch, run.step, changes)
         image_files.write_images_txt(directory, datasets)
         announce(run, datasets)
+        speed_up_encoders(model, args)
         first_epoch, start = run.epoch, time.time()
         with image_files.broken_images_listed(directory, datasets, DataError):
             train(run, datasets, stop)

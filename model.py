@@ -193,6 +193,7 @@ def build_encoder(arch, num_classes=128, small_images=False, norm_layer=None):
 def backbone(encoder):
     """`encoder` without its `.fc`, sharing its weights: (N, 3, H, W) -> pooled features (N, D)."""
     network = copy.copy(encoder)  # shallow: the layers are the same objects
+    network.__dict__.pop("forward", None)  # of a compiled or captured encoder
     network._modules = {**encoder._modules, "fc": nn.Identity()}
     return network
 
@@ -236,6 +237,40 @@ class WidthResNet(ResNet):
         if planes == 64:  # the first stage takes the stem's output
             self.inplanes = self.width
         return super()._make_layer(block, planes * self.width // 64, blocks, **kwargs)
+
+
+# -- faster steps on a GPU -------------------------------------------------------------------------
+def compile_encoders(model):
+    """Compile the training passes of both encoders. In eval mode they run as before."""
+    for encoder in (model.encoder_q, model.encoder_k):
+        _train_with(encoder, torch.compile(encoder.forward))
+
+
+def capture_encoders(model, images, precision):
+    """Make the training passes of both encoders CUDA graphs. In eval mode they run as before.
+
+    A graph is a recording of a pass. It replays all kernels of the pass in one call, and always
+    reads and writes the same memory. So the weights must stay where they are (load_state_dict and
+    optimizers change them in place), every batch must have the shape of `images`, and an output
+    holds only until the next pass.
+
+    model: a MoCo on its GPU. images: (N, 3, H, W) of any content, laid out as a step's queries.
+    precision: the autocast context of the passes, with cache_enabled=False.
+    """
+    for encoder in (model.encoder_q.train(), model.encoder_k.train()):
+        with precision, torch.set_grad_enabled(encoder is model.encoder_q):
+            # six passes come first, because a compiled encoder is not settled before
+            torch.cuda.make_graphed_callables(encoder, (images,), num_warmup_iters=6)
+
+
+def _train_with(encoder, forward):
+    """Make `encoder` call `forward` in training, and what it calls now in eval mode."""
+    plain = encoder.forward
+
+    def choose(images):
+        return forward(images) if encoder.training else plain(images)
+
+    encoder.forward = choose
 
 
 # -- batch norm in groups --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from runtime import start
 
-NOT_FROM_CONFIG = ("exp_dir", "resume", "overwrite", "config")
+NOT_FROM_CONFIG = ("exp_dir", "resume", "overwrite", "config", "cuda_graphs")
 FOREIGN = (  # flags of similar projects, and what to use here: a flag or a sentence
     (
         ("--data", "--data-dir", "--data-path", "--data-root", "--dataset", "--root"),

@@ -11,7 +11,14 @@ from torch.utils.data import DataLoader
 
 import data
 from augment import RandomView
-from data import EpochSampler, build_datasets, derive_seed, identity_collate, load_into_memory
+from data import (
+    DataError,
+    EpochSampler,
+    build_datasets,
+    derive_seed,
+    identity_collate,
+    load_into_memory,
+)
 from runtime.distributed import ignore_stop_signals
 
 
@@ -45,6 +52,34 @@ def test_images_in_memory_equal_images_read_on_demand(folder, image_size):
     whole = torch.stack([TF.pil_to_tensor(on_demand.train.image(i)) for i in range(48)])
     assert torch.equal(pixels, whole)
     assert index.tolist() == list(range(48))
+
+
+@pytest.mark.parametrize("image_size", [None, 6])
+def test_worker_processes_read_the_same_images(folder, tmp_path, monkeypatch, image_size):
+    monkeypatch.setattr(data, "MANY", 0)
+    monkeypatch.setattr(data, "CHUNK", 5 * 3 * 10 * 12)  # 48 images do not fill the last chunk
+    datasets = build_datasets(str(folder), image_size)
+    ours = load_into_memory(datasets, workers=2)
+    theirs = load_into_memory(datasets)
+    for part in ("train", "plain", "val"):
+        assert torch.equal(getattr(ours, part).pixels, getattr(theirs, part).pixels)
+
+
+def test_worker_processes_find_broken_images_and_other_sizes(
+    folder, mixed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(data, "MANY", 0)
+    mixed_sizes = build_datasets(str(mixed))
+    assert load_into_memory(mixed_sizes, workers=2) is mixed_sizes
+    root = tmp_path / "images"
+    shutil.copytree(folder, root)
+    broken = [root / "train" / "class 0" / "3.png", root / "val" / "class 2" / "1.png"]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:90])
+    datasets = build_datasets(str(root))
+    with pytest.raises(DataError, match="2 of 66 images cannot be read"):
+        load_into_memory(datasets, workers=2)
+    assert [len(source.broken_names()) for source in datasets.sources] == [1, 1]
 
 
 def test_views_of_both_kinds_of_images_have_the_same_distribution(tmp_path):
