@@ -62,6 +62,7 @@ from runtime.distributed import get_rank_and_world, print_main
 
 SYNC_EVERY = 20  # steps between reads of their results; each read makes the host wait
 SAVE_EVERY = 60  # seconds between checkpoints; shorter epochs are not all saved
+DRAW_EVERY = 100  # seconds between drawings of a picture, which take about one
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip after an overflow
 MAX_KNN = 50_000  # images per part in the kNN accuracy during training
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -275,8 +276,8 @@ def e_step(run, images, epoch, keys=None):
         for tensor in found[k]:
             distributed.broadcast(tensor, source=i % world)
 
-    if rank == 0 and is_milestone(epoch, args.epochs):
-        path = Path(args.exp_dir) / "prototypes.png"
+    path = Path(args.exp_dir) / "prototypes.png"
+    if rank == 0 and is_milestone(epoch, args.epochs) and picture_is_due(path, epoch, args.epochs):
         with cli.warn_if_unwritable(path):
             report.draw_prototypes(path, images, features, found[args.num_cluster[0]], epoch)
     return [found[k].to(args.device) for k in args.num_cluster]
@@ -379,7 +380,7 @@ def train(run, datasets, stop):
         if due:
             save(copy=f"checkpoint_{epoch:04d}.pth.tar" if is_kept else None)
             last_save = time.time()
-            draw_curves(run)
+            draw_curves(run, epoch)
         stop.exit_if_received(save)
     if rank == 0:
         board.close()
@@ -427,9 +428,11 @@ def evaluate_untrained(run, datasets):
         print_main(f"kNN accuracy of the {start} network: {run.knn_untrained:.1f} %")
 
 
-def draw_curves(run):
-    """Draw the figures of all epochs so far in curves.png."""
+def draw_curves(run, epoch):
+    """Draw the figures of all epochs up to `epoch` in curves.png, unless it is new."""
     path = Path(run.args.exp_dir) / "curves.png"
+    if not picture_is_due(path, epoch, run.args.epochs):
+        return
     start = name_of_start(run.args)
     with cli.warn_if_unwritable(path):
         report.draw_curves(path, run.log, run.args.warmup, run.knn_untrained, start)
@@ -483,6 +486,12 @@ def plain_loader(images, index, args):
 def is_milestone(epoch, epochs):
     """Whether `epoch` keeps a checkpoint and a picture: about ten times per run, and at its end."""
     return epoch == epochs - 1 or (epoch + 1) % max(1, epochs // 10) == 0
+
+
+def picture_is_due(path, epoch, epochs):
+    """Whether to draw the picture `path` again: always in the last epoch, else if it is old."""
+    is_last = epoch == epochs - 1
+    return is_last or not path.exists() or time.time() - path.stat().st_mtime > DRAW_EVERY
 
 
 # -- schedule, optimizer, precision ----------------------------------------------------------------

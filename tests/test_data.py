@@ -65,9 +65,7 @@ def test_worker_processes_read_the_same_images(folder, tmp_path, monkeypatch, im
         assert torch.equal(getattr(ours, part).pixels, getattr(theirs, part).pixels)
 
 
-def test_worker_processes_find_broken_images_and_other_sizes(
-    folder, mixed, tmp_path, monkeypatch
-):
+def test_worker_processes_find_broken_images_and_other_sizes(folder, mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MANY", 0)
     mixed_sizes = build_datasets(str(mixed))
     assert load_into_memory(mixed_sizes, workers=2) is mixed_sizes

@@ -1,16 +1,19 @@
 """The pictures of a run: what is drawn, and that no data keeps them from being drawn."""
 
 import math
+import os
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, run
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.manifold import TSNE
 
+import main_pcl
 from cluster import Clusters
 from runtime import report
 from runtime.report import draw_curves, draw_map, draw_prototypes
@@ -234,3 +237,29 @@ def test_map(draw, monkeypatch, n, k, num_classes):
         assert legend == [names[0], r"\$x^\$ and \$", *names[2:], "prototype"]
     else:
         assert legend == []
+
+
+# -- when ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seconds, epochs_drawn", [(100, [1, 19]), (0, [1, *range(3, 20, 2)])])
+def test_pictures_of_a_run_are_drawn_seldom_and_at_its_end(
+    folder, tmp_path, monkeypatch, seconds, epochs_drawn
+):
+    """With 20 epochs, every second one is a milestone."""
+    drawn = {"draw_curves": [], "draw_prototypes": []}
+
+    def remember(name, path, epoch):
+        drawn[name].append(epoch)
+        path.write_text("a picture")
+        past = path.stat().st_mtime - 1
+        os.utime(path, (past, past))
+
+    monkeypatch.setattr(main_pcl, "DRAW_EVERY", seconds)
+    report = main_pcl.report
+    monkeypatch.setattr(
+        report, "draw_curves", lambda path, log, *_: remember("draw_curves", path, len(log) - 1)
+    )
+    monkeypatch.setattr(
+        report, "draw_prototypes", lambda path, *rest: remember("draw_prototypes", path, rest[-1])
+    )
+    run(folder, *TINY, "--epochs", 20, "--warmup", 0, "--exp-dir", tmp_path)
+    assert drawn == {"draw_curves": epochs_drawn, "draw_prototypes": epochs_drawn}
