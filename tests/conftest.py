@@ -1,7 +1,13 @@
 """What several test files share: small data sets, small runs, and comparisons of their results."""
 
-import io
 import os
+
+# Hide the GPUs, before torch looks for them. test_on_gpu.py lets test_cuda.py see them.
+os.environ.setdefault("GPUS_BEFORE_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+if "TESTS_SEE_THE_GPUS" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import io
 import shutil
 
 import faiss

@@ -2,15 +2,18 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch.autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import bench
+import gpu
 
 import cluster
 import loss
@@ -122,3 +125,61 @@ def test_the_picture_of_the_growth_names_sizes_and_times(tmp_path, monkeypatch):
     assert axes.get_xlabel()
     assert axes.get_ylabel()
     assert axes.xaxis.get_major_formatter()(4, 0) == "4x"
+
+
+# -- benchmarks/gpu.py -----------------------------------------------------------------------------
+def test_the_benchmark_of_a_gpu_prints_a_table(capsys, monkeypatch):
+    """On a machine without one, with the digits."""
+    for name in ("build_datasets", "load_into_memory"):  # which it replaces
+        monkeypatch.setattr(gpu.main_pcl, name, getattr(gpu.main_pcl, name))
+    e_step = gpu.main_pcl.e_step
+    gpu.main(["--quick"])
+    title, *rows = [line for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
+    columns = [name.strip() for name in title.strip("|").split("|")]
+    assert columns == list(gpu.COLUMNS)
+    _, row = [line.strip("|").split("|") for line in rows]
+    cells = dict(zip(columns, [cell.strip() for cell in row], strict=True))
+    assert cells["batch"] == "128"
+    assert cells["encoders"] == "eager"
+    speed = float(cells["images/s"].replace(",", ""))
+    assert float(cells["ms a step"]) == pytest.approx(1000 * 128 / speed, rel=0.01)
+    assert float(cells["E-step (s)"]) > 0
+    assert float(cells["kNN (s)"]) > 0
+    assert gpu.main_pcl.e_step is e_step
+
+
+def test_without_a_gpu_the_benchmark_says_so_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([])
+    assert ended.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_profile_counts_ten_steps_of_the_second_epoch(monkeypatch):
+    """With a profiler that notes how many steps were done when it is started and stopped."""
+    event = SimpleNamespace(device_type=DeviceType.CUDA, self_device_time_total=500.0)
+    on_host = SimpleNamespace(device_type=DeviceType.CPU, self_device_time_total=9.0)
+    calls = []
+    losses = []
+
+    class Profiler:
+        def __init__(self, activities):
+            self.start = lambda: calls.append(("start", len(losses)))
+            self.stop = lambda: calls.append(("stop", len(losses)))
+            self.events = lambda: [event, on_host] * 40
+
+    def two_epochs(batch, *flags):
+        for _ in range(2 * 50):
+            losses.append(gpu.main_pcl.info_nce(1, 2))
+
+    datasets = SimpleNamespace(train=range(50 * 16))
+    monkeypatch.setattr(gpu, "profile", Profiler)
+    monkeypatch.setattr(gpu, "train", two_epochs)
+    monkeypatch.setattr(gpu, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.main_pcl, "build_datasets", lambda: datasets)
+    monkeypatch.setattr(gpu.main_pcl, "info_nce", lambda *args: sum(args))
+    assert gpu.profile_steps(16, "graphs") == (4, 2.0)
+    assert calls == [("start", 80), ("stop", 90)]
+    assert losses == [3] * 100
+    assert gpu.profile_steps(32, "graphs") is None  # 25 steps are too few

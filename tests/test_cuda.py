@@ -1,4 +1,7 @@
-"""What differs on a GPU. Skipped without one; with one: pytest tests/test_cuda.py"""
+"""What differs on a GPU.
+
+The other tests do not see the GPU, and test_on_gpu.py runs this file in a process that sees it.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import cluster
 import main_pcl
 from augment import RandomView
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="sees no GPU; run test_on_gpu.py")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -57,20 +60,25 @@ def test_kmeans_is_as_good_as_on_the_cpu(monkeypatch, name):
     assert (own <= distances.amin(1) + 1e-2).all()
 
 
-def test_a_stopped_run_resumes(folder, tmp_path, monkeypatch):
-    options = [folder, *TINY, "--epochs", 3, "--warmup", 1, "--amp"]
-    options += ["--exp-dir", tmp_path, "--resume"]
+def stop_at_the_fifth_look(patch):
+    """Let a signal arrive when the run looks for one for the fifth time, in epoch 1."""
     signals = main_pcl.distributed.StopSignals
     received_by_any = signals.received_by_any
     calls = 0
 
-    def stop_at_the_fifth_look(self):
+    def look(self):
         nonlocal calls
         calls += 1
         self.received = 15 if calls == 5 else 0
         return received_by_any(self)
 
-    monkeypatch.setattr(signals, "received_by_any", stop_at_the_fifth_look)
+    patch.setattr(signals, "received_by_any", look)
+
+
+def test_a_stopped_run_resumes(folder, tmp_path, monkeypatch):
+    options = [folder, *TINY, "--epochs", 3, "--warmup", 1, "--amp"]
+    options += ["--exp-dir", tmp_path, "--resume"]
+    stop_at_the_fifth_look(monkeypatch)
     with pytest.raises(SystemExit):
         run(*options)
     assert len(run(*options)) == 3
@@ -97,3 +105,66 @@ def test_the_host_waits_for_the_device_only_to_collect_results(folder, tmp_path,
     options += ["--amp", "--amp-dtype", "bf16", "--exp-dir", tmp_path]
     log = run(folder, *TINY, *options)  # 12 steps per epoch, with prototypes
     assert len(log) == 2
+
+
+# -- CUDA graphs and compiled encoders -------------------------------------------------------------
+@pytest.fixture
+def exact(monkeypatch):
+    """Convolutions in float32 without TF32, by algorithms that repeat their results."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+PRECISIONS = [(["--no-amp"], 1e-5), (["--amp", "--amp-dtype", "bf16"], 1e-2)]
+
+
+def losses_of(monkeypatch, *options):
+    """The loss of each step of a run."""
+    losses = []
+    stop_if_diverged = main_pcl.stop_if_diverged
+
+    def note(run, step, figures):
+        losses.append(figures["loss_inst"] + figures["loss_proto"])
+        stop_if_diverged(run, step, figures)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main_pcl, "stop_if_diverged", note)
+        run(*options)
+    return losses
+
+
+@pytest.mark.parametrize("precision, tolerance", PRECISIONS)
+@pytest.mark.parametrize("symmetric", [[], ["--symmetric"]])
+def test_graphs_have_the_losses_of_eager_steps(
+    folder, tmp_path, monkeypatch, exact, precision, tolerance, symmetric
+):
+    """Over 21 steps, the last 18 of them with prototypes."""
+    options = [folder, *TINY, "--epochs", 7, "--warmup", 1, *precision, *symmetric, "--exp-dir"]
+    graphs = losses_of(monkeypatch, *options, tmp_path / "graphs")
+    eager = losses_of(monkeypatch, *options, tmp_path / "eager", "--no-cuda-graphs")
+    assert len(graphs) == 21
+    assert graphs == pytest.approx(eager, rel=tolerance)
+
+
+@pytest.mark.parametrize("precision, tolerance", PRECISIONS)
+def test_a_resumed_run_with_graphs_equals_an_undisturbed_one(
+    folder, tmp_path, monkeypatch, exact, precision, tolerance
+):
+    options = [folder, *TINY, "--warmup", 1, "--epochs", 6, *precision, "--resume", "--exp-dir"]
+    whole = losses_of(monkeypatch, *options, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at_the_fifth_look(patch)
+        with pytest.raises(SystemExit):
+            run(*options, tmp_path / "parts")
+    rest = losses_of(monkeypatch, *options, tmp_path / "parts")
+    assert 9 < len(rest) < 18
+    assert rest == pytest.approx(whole[-len(rest) :], rel=tolerance)
+
+
+def test_compiled_encoders_train(folder, tmp_path, monkeypatch):
+    options = [folder, *TINY, "--epochs", 3, "--warmup", 1, "--amp", "--exp-dir"]
+    compiled = losses_of(monkeypatch, *options, tmp_path / "compiled", "--compile")
+    eager = losses_of(monkeypatch, *options, tmp_path / "eager", "--no-cuda-graphs")
+    assert compiled == pytest.approx(eager, rel=0.1)
+    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
