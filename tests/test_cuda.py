@@ -112,7 +112,6 @@ def test_the_host_waits_for_the_device_only_to_collect_results(folder, tmp_path,
 def exact(monkeypatch):
     """Convolutions in float32 without TF32, by algorithms that repeat their results."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
