@@ -428,7 +428,7 @@ def build_datasets(
     if digits:
         train = Digits(slice(None, -360))
         val = Digits(slice(-360, None))  # by other writers than the training digits
-    elif Path(data).is_dir():
+    elif data and Path(data).is_dir():  # "" would be the current folder
         train, val, record = read_root(Path(data))
         left_out = record.left_out()
         notes = record.notes
@@ -436,7 +436,7 @@ def build_datasets(
         train, val = _download(data, download_dir)
     else:
         names = ", ".join(["digits", *DOWNLOADS])
-        raise DataError(f"{data} is neither a folder nor a known data set ({names})")
+        raise DataError(f"{data!r} is neither a folder nor a known data set ({names})")
 
     # Fill in what was not given.
     if image_size is None:

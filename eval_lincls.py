@@ -106,7 +106,7 @@ def get_parser():
     )
     add(
         "--labels",
-        type=cli.positive_float,
+        type=cli.amount,
         nargs="+",
         default=[],
         metavar="L",
@@ -197,7 +197,7 @@ def main(argv=None):
         paths = find_checkpoints(args)
         check_outputs(args, paths)
         built = {}
-        subjects = [prepare(path, args, built) for path in paths]
+        subjects = [prepare(path, args, device, built) for path in paths]
 
         results = [evaluate(subject, device) for subject in subjects]
         if get_rank_and_world()[0] == 0:
@@ -277,7 +277,7 @@ def result_file(path, args, name):
     return path.with_name(name)
 
 
-def prepare(path, args, built):
+def prepare(path, args, device, built):
     """Read the checkpoint and the data, and check them.
 
     built: the Datasets that were built for earlier checkpoints, to which this one's are added.
@@ -290,7 +290,9 @@ def prepare(path, args, built):
         stored = loaded["args"]
 
     # data
-    name = args.data or stored.get("data") or "digits"
+    name = args.data
+    if name is None:
+        name = stored.get("data") or "digits"
     skip_broken = args.skip_broken or bool(stored.get("skip_broken"))
     options = {"flip": stored.get("flip"), "skip_broken": skip_broken}
     datasets = find_data(name, args.image_size or stored.get("image_size"), options, built)
@@ -301,6 +303,8 @@ def prepare(path, args, built):
     args = argparse.Namespace(**vars(args))
     args.num_cluster = choose_num_cluster(args.num_cluster, stored.get("num_cluster"), datasets)
     args.knn_k = [min(k, n) for k in args.knn_k or [default_k(n)]]
+    views = 3 * min(args.batch_size, n) * datasets.image_size**2
+    distributed.check_memory({"--image-size and --batch-size": 2 * views}, device)
     epoch = None
     epochs = ""
     if isinstance(loaded.get("epoch"), int):
@@ -565,7 +569,7 @@ def probes(train, val, datasets, scores, args):
             figures["top-5"] = top_k(scores, val_labels, 5)
 
     # few labels
-    for amount in args.labels:
+    for amount in dict.fromkeys(args.labels):
         name = f"linear, {int(amount)} per class"
         if amount < 1:
             name = f"linear, {amount:.3g} of labels"
@@ -770,7 +774,7 @@ def conclude(subjects, results, args):
             load = weights.export(
                 args.export, subjects[0].encoder, about["arch"], about["small_images"]
             )
-            print(f"to load {args.export}: {load}")
+            cli.say(f"to load {args.export}: {load}")
     if unwritten:
         raise SystemExit(1)  # what was asked for is not there
 

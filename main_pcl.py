@@ -23,6 +23,7 @@ import argparse
 import functools
 import math
 import os
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -633,13 +634,7 @@ def check_memory(args, local_batch):
         # the views, and at least as much again for each of the first layers
         "--image-size and --batch-size": 8 * 2 * local_batch * 3 * args.image_size**2,
     }
-    available = distributed.memory_of(args.device)
-    for flags, number in numbers.items():
-        if 4 * number > available / 2:  # float32; the other half is for what comes with it
-            cli.fail(
-                f"{flags} would need {4 * number / 2**30:.3g} GB of memory and more; this machine "
-                f"has {available / 2**30:.3g} GB; choose lower values"
-            )
+    distributed.check_memory(numbers, args.device)
 
 
 def get_parser():
@@ -1062,7 +1057,7 @@ def conclude(run, epochs, seconds, has_labels):
         f"in {seconds / 60:.1f} minutes"
     )
     folder = "" if has_labels else "LABELLED_FOLDER "
-    print_main(f"next: python eval_lincls.py {folder}--exp-dir {run.args.exp_dir}")
+    print_main(f"next: python eval_lincls.py {folder}--exp-dir {shlex.quote(run.args.exp_dir)}")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def stored_args(directory, resume):
     if resume:
         path = Path(resume)
     else:
-        with contextlib.suppress(OSError, ValueError):  # lost or edited
+        with contextlib.suppress(OSError, RecursionError, ValueError):  # lost or edited
             stored = json.loads((directory / "args.json").read_text())
     if not isinstance(stored, dict) and path.is_file():
         checkpoint = read(path)

@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import signal
 import socket
 import sys
 import threading
@@ -124,6 +123,14 @@ image_side = bounded(int, 1, 10_000)  # pixels; Pillow warns of larger images
 num_workers = bounded(int, 0, 513)  # each is a process; few machines have as many cores
 
 
+def amount(text):
+    """An argparse type for a fraction below 1 or a whole number."""
+    value = positive_float(text)
+    if value > 1 and value != int(value):
+        raise argparse.ArgumentTypeError(f"must be a fraction below 1 or a number, not {text}")
+    return value
+
+
 def int_list(text):
     """An argparse type for positive whole numbers, separated by commas."""
     return [positive_int(number) for number in text.split(",")]
@@ -151,10 +158,13 @@ def parse_args(parser, argv=None, find_stored=None):
 
 
 def show_any_text():
-    """Escape characters that the terminal or file cannot show, where printing them would fail."""
+    """Escape characters that the terminal or file cannot show, where printing them would fail.
+
+    Each line is written at once, so that none is lost if the program is killed.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # notebooks have streams of their own
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def refuse_separate_numbers(parser, argv):
@@ -172,7 +182,7 @@ def read_config(path):
     """The arguments in another run's args.json, {name: value}."""
     try:
         config = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         fail(f"{path} is not the args.json of a run ({type(error).__name__})")
     return config
 
@@ -220,7 +230,7 @@ def name_changes(old, new):
     for name, value in vars(new).items():
         before = getattr(old, name)
         if before != value and name not in NOT_FROM_CONFIG and is_first_rank():
-            print(f"{name} {before} -> {value}")
+            say(f"{name} {before} -> {value}")
 
 
 # -- progress --------------------------------------------------------------------------------------
@@ -237,7 +247,7 @@ def say(text, file=None):
     """Print a line at once, on stdout unless another `file` is given."""
     global last_line
     last_line = time.monotonic()
-    print(text, file=file, flush=True)
+    print(in_one_line(str(text)), file=file, flush=True)
 
 
 class Progress(tqdm):
@@ -304,6 +314,7 @@ def phase(title):
 
 
 # -- errors ----------------------------------------------------------------------------------------
+UNUSABLE_NAME = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 DISK_IS_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 PEER_IS_GONE = (  # parts of the messages by which gloo and nccl report a dead process
     "by peer",
@@ -332,37 +343,46 @@ def errors_in_one_line(data_error, again="start again with the same command"):
     traceback.
     again: how to go on after Ctrl-C.
     """
-    start.imports_are_done()
+    start.again = again
+    start.is_caught = True
     try:
         yield
-    except data_error as error:
-        fail(format_error(error))
     except KeyboardInterrupt:
         stop_at_once(again)
-    except MemoryError as error:
-        fail_for_memory(error)
-    except OSError as error:
-        if error.errno not in DISK_IS_FULL:
-            raise
-        text = format_error(error)
-        fail(f"{text}; earlier checkpoints are whole: make room, and continue with --resume", 1)
-    except RuntimeError as error:
-        text = str(error).lower()
-        if any(sign in text for sign in OUT_OF_MEMORY):
-            fail_for_memory(error)
-        if not dist.is_initialized() or not any(sign in text for sign in PEER_IS_GONE):
-            raise
-        text = format_error(error)
-        fail(f"another process of this run has ended; continue with --resume ({text})", 1)
+    except Exception as error:
+        if start.is_interrupted:  # for example because a loader worker has ended as well
+            stop_at_once(again)
+        fail_if_foreseeable(error, data_error)
+        raise
+    finally:
+        start.is_caught = False
     if dist.is_initialized():  # only after success: nccl's shutdown can hang after a rank's error
         dist.destroy_process_group()
 
 
+def fail_if_foreseeable(error, data_error):
+    """End the program in one line if `error` is no bug of the program."""
+    text = format_error(error)
+    signs = str(error).lower()
+    if isinstance(error, data_error):
+        fail(text)
+    if isinstance(error, MemoryError):
+        fail_for_memory(error)
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        fail(f"{text}; earlier checkpoints are whole: make room, and continue with --resume", 1)
+    if isinstance(error, OSError) and error.errno in UNUSABLE_NAME and error.filename:
+        fail(f"{error.strerror}: {error.filename}")
+    if not isinstance(error, RuntimeError):
+        return
+    if any(sign in signs for sign in OUT_OF_MEMORY):
+        fail_for_memory(error)
+    if dist.is_initialized() and any(sign in signs for sign in PEER_IS_GONE):
+        fail(f"another process of this run has ended; continue with --resume ({text})", 1)
+
+
 def stop_at_once(again):
-    """End the program after Ctrl-C. A second Ctrl-C would only disturb its end."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if is_first_rank():
+    """End the program after Ctrl-C."""
+    if is_first_rank() and not start.is_interrupted:  # else it has been said already
         print(f"\n{program_name()}: stopped by Ctrl-C; {again}", file=sys.stderr)
     raise SystemExit(130)
 
@@ -399,6 +419,11 @@ def format_error(error):
     text = str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
+    return in_one_line(text)
+
+
+def in_one_line(text):
+    """`text` with line breaks, and other characters that cannot be shown, escaped."""
     characters = []
     for character in text:
         if not character.isprintable():
@@ -411,7 +436,7 @@ def fail(message, status=2):
     """Say in one line what is wrong, and exit with `status`."""
     if not is_first_rank():
         message = f"rank {os.environ['RANK']} on {socket.gethostname()}: {message}"
-    print(f"{program_name()}: error: {message}", file=sys.stderr)
+    print(f"{program_name()}: error: {in_one_line(str(message))}", file=sys.stderr)
     raise SystemExit(status)
 
 

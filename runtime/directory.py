@@ -67,6 +67,10 @@ def choose_directory(exp_dir, resume):
 
 def check_writable(directory):
     """End the program in one line, before it reads the data, if `directory` cannot be written."""
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        fail(f"{directory} is no name in UTF-8, as TensorBoard needs; choose another --exp-dir")
     place = directory
     while not place.exists():  # it will be made below the first folder that is there
         place = place.parent
@@ -237,8 +241,8 @@ def write_args(directory, args, epoch, step, changes):
     path = directory / "args.json"
     parts = []
     if epoch or step:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # lost or edited
-            parts = json.loads(path.read_text())["parts"]
+        with contextlib.suppress(OSError, RecursionError, ValueError, KeyError, TypeError):
+            parts = list(json.loads(path.read_text())["parts"])  # unless it was lost or edited
     parts.append({"epoch": epoch, "step": step, "changed": changes, **ran_on(args["device"])})
     write_atomically(path, json.dumps({**args, "parts": parts}, indent=2).encode())
 

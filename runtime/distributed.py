@@ -93,6 +93,20 @@ def memory_of(device):
         return math.inf
 
 
+def check_memory(numbers, device):
+    """End the program in one line if `device` has too little memory.
+
+    numbers: {flags: how many float32 numbers they ask for}.
+    """
+    available = memory_of(device)
+    for flags, number in numbers.items():
+        if 4 * number > available / 2:  # the other half is for what comes with it
+            fail(
+                f"{flags} would need {4 * number / 2**30:.3g} GB of memory and more; this machine "
+                f"has {available / 2**30:.3g} GB; choose lower values"
+            )
+
+
 def get_rank_and_world():
     """This process's rank, and the number of processes."""
     if dist.is_initialized():
@@ -236,10 +250,12 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _receive(self, number, _):
+    def _receive(self, number, frame):
         # with several processes, torchrun repeats the signal
         if number == self.received == signal.SIGINT and not dist.is_initialized():
-            raise KeyboardInterrupt
+            if callable(self.before[number]):
+                self.before[number](number, frame)
+            return
         self.received = number
         if number == signal.SIGINT and sys.stderr.isatty():
             os.write(2, b"\nstopping after this step or clustering; Ctrl-C again stops at once\n")

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from runtime.cli import say
+from runtime.cli import in_one_line, say
 from runtime.directory import write_atomically
 from runtime.distributed import get_rank_and_world
 
@@ -71,7 +71,9 @@ def new_figure(path, width, height, layout=None):
     figure = Figure((width, height), layout=layout)
     yield figure
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names in scripts that the font does not have
+        figure.savefig(file, format="png", dpi=150)
     write_atomically(path, file.getbuffer())
 
 
@@ -220,7 +222,7 @@ def draw_map(path, features, labels, classes, prototypes):
         if has_legend:
             for name, color in zip(classes, colors, strict=False):
                 # the space keeps names with "_" from being hidden, "\$" is no formula
-                label = " " + name[:30].replace("$", r"\$")
+                label = " " + in_one_line(name[:30]).replace("$", r"\$")
                 axes.plot([], [], "o", color=color, label=label)
         size = np.clip(80 / k**0.5, 4, 10)
         axes.plot(x[n:], y[n:], "w*", mec="black", mew=0.6, ms=size, label=" prototype")

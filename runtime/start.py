@@ -1,23 +1,47 @@
-"""Ctrl-C during the slow imports of a script ends it in one line. Import this before them."""
+"""Ctrl-C ends a script of this project in one line, whatever it is doing.
+
+Import this before anything else, because the other imports are slow.
+"""
 
 import os
 import signal
 import sys
+import threading
+
+PATIENCE = 5  # seconds to show and keep what there is after Ctrl-C
+process = os.getpid()  # forked loader workers have another one
+again = "start again with the same command"  # how to go on
+is_caught = False  # whether errors_in_one_line is there to catch KeyboardInterrupt
+is_interrupted = False
 
 
-def leave(*_):
-    """Signal handler: end the program in one line, whatever it is importing."""
+def interrupt(*_):
+    """Signal handler: say that the program ends and how to go on, and raise KeyboardInterrupt.
+
+    Where nothing would catch it, the program ends at once. A library may wait for a worker that has
+    ended as well, so the program ends after PATIENCE seconds in any case.
+    """
+    global is_interrupted
+    if os.getpid() != process:  # a loader worker that has just been forked
+        os._exit(130)
+    is_interrupted = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb the end
     if os.environ.get("RANK", "0") == "0":  # as torchrun says it
-        name = os.path.basename(sys.argv[0])
-        text = f"\n{name}: stopped by Ctrl-C while starting; start again with the same command\n"
+        text = f"\n{os.path.basename(sys.argv[0])}: stopped by Ctrl-C; {again}\n"
         os.write(2, text.encode(errors="replace"))
-    os._exit(130)
+    if not is_caught:
+        os._exit(130)
+    sys.unraisablehook = end_if_swallowed
+    timer = threading.Timer(PATIENCE, os._exit, [130])
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
 
 
-def imports_are_done():
-    """Let Ctrl-C raise KeyboardInterrupt again."""
-    if signal.getsignal(signal.SIGINT) is leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def end_if_swallowed(unraisable):
+    """End the program if Python ignores a KeyboardInterrupt, as it does in a destructor."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        os._exit(130)
 
 
 def is_script():
@@ -28,4 +52,4 @@ def is_script():
 
 
 if is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGINT, interrupt)
