@@ -427,13 +427,11 @@ def test_ranks_with_other_arguments_are_named(folder, tmp_path):
     assert "lr 0.5 instead of lr 0.001875" in error
 
 
-@pytest.mark.parametrize("has_launcher", [True, False])
-def test_joining_takes_minutes_at_most(monkeypatch, capsys, has_launcher):
-    """The other rank, or the launcher itself, never comes."""
-    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    if has_launcher:
-        environment |= {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_joining_takes_minutes_at_most(monkeypatch, capsys, rank):
+    """The other rank never comes. Rank 0 waits for it, and rank 1 for the address of rank 0."""
+    environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(free_port())
     monkeypatch.setattr(os, "environ", {**os.environ, **environment})
     assert distributed.JOIN <= 600
     monkeypatch.setattr(distributed, "JOIN", 1)
