@@ -26,9 +26,13 @@ def expectations(n, labelled, settings, has_labels=False):
     """
     lines = []
     if n < FEW_IMAGES:
+        start = "an untrained network's"
+        advice = "Use 1,000 images or more, or start from trained weights (--init)."
+        if settings["init"]:
+            start = "the initial network's"
+            advice = "Use 1,000 images or more."
         lines.append(
-            f"warning: {n} training images are few: features may gain little on an untrained "
-            "network's. Use 1,000 images or more, or start from trained weights (--init)."
+            f"warning: {n} training images are few: features may gain little on {start}. {advice}"
         )
     if settings["pcl_r"] < SHORT_QUEUE:
         lines.append(
@@ -54,7 +58,7 @@ def expectations(n, labelled, settings, has_labels=False):
 
 
 def warn_of_days(seconds, settings):
-    """A warning if the rest of the run takes `seconds`, and that is more than a day, else ""."""
+    """A warning if the rest of the run, of `seconds`, takes more than a day, else ""."""
     if seconds < DAY:
         return ""
     ways = ["fewer --epochs"]

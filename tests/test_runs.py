@@ -385,7 +385,7 @@ FEW = "are few"
 SHORT_QUEUE = "is short"
 NO_LABELS = "no labels"
 NO_PROTO_NCE = "InfoNCE alone"
-ENOUGH = {"pcl_r": 64, "warmup": 20, "epochs": 200}
+ENOUGH = {"pcl_r": 64, "warmup": 20, "epochs": 200, "init": None}
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_expectations_of_a_run(n, labelled, changes, expected):
 
 
 def test_expectations_name_the_numbers():
-    settings = {"pcl_r": 8, "warmup": 20, "epochs": 5}
+    settings = {"pcl_r": 8, "warmup": 20, "epochs": 5, "init": None}
     few, short_queue, no_proto_nce = diagnose.expectations(300, True, settings)
     assert "300 training images" in few
     assert "--init" in few
@@ -417,6 +417,13 @@ def test_expectations_name_the_numbers():
     assert "--pcl-r" in short_queue
     assert "--warmup 20" in no_proto_nce
     assert "5 epochs" in no_proto_nce
+
+
+def test_a_run_that_starts_from_weights_is_not_told_to():
+    (line,) = diagnose.expectations(300, True, {**ENOUGH, "init": "resnet50.pth"})
+    assert "initial" in line
+    assert "untrained" not in line
+    assert "--init" not in line
 
 
 # -- data of all kinds -----------------------------------------------------------------------------
