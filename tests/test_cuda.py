@@ -12,7 +12,9 @@ import cluster
 import main_pcl
 from augment import RandomView
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="sees no GPU; run test_on_gpu.py")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="sees no GPU; run test_on_gpu.py"
+)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
