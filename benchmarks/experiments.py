@@ -11,8 +11,9 @@
     # print a table, run nothing
     python benchmarks/experiments.py --table recipe
 
-Each data set has a letter: P is photographs (CIFAR-10), F is clothes (Fashion-MNIST), D is the
-digits in assets/. experiments.ini lists the arms of each experiment, and the data sets it runs on.
+Each data set has a letter: C is all of CIFAR-10; P is photographs, a part of it; F is clothes
+(Fashion-MNIST); D is the digits in assets/. experiments.ini lists the arms of each experiment, and
+the data sets it runs on.
 
 A run is identified by its command. Arms with the same command share one run, and a row of
 experiments.csv belongs to the arms with its command. If a run stops early because its loss is not
@@ -63,15 +64,19 @@ from runtime import cli  # noqa: E402
 # the flags that all runs on a data set have
 SMALL_PHOTOGRAPHS = "--image-size 16 --amp --cos --epochs 40 --warmup 10 -j 0"
 DATA_FLAGS = {
+    "C": "--amp --cos -j 0",
     "P": SMALL_PHOTOGRAPHS,
     "F": SMALL_PHOTOGRAPHS,
     "D": "--amp --cos --epochs 200 --warmup 20",
 }
 CLASSES = 10  # every data set has ten
 
+# probes with few labels: a fraction of them, or a number per class (--labels of eval_lincls.py)
+FEW_LABELS = {"C": ["0.01"], "P": ["1", "5", "20"], "F": ["1", "5", "20"], "D": []}
+
 # experiments.csv
 FIGURES = ("linear", "knn", "nmi", "ami", "acc", "acc_inst", "acc_proto")
-COLUMNS = ["experiment", "data", "arm", "seed", *FIGURES]
+COLUMNS = ["experiment", "data", "arm", "seed", *FIGURES, "few_labels"]
 COLUMNS += ["images_seen", "minutes", "command", "commit"]
 
 # the tables, {column: figure}
@@ -109,6 +114,7 @@ def read_experiments(path):
     return experiments
 
 
+LOGS = ROOT / "results" / "logs"  # logs of runs that are not repeated in minutes
 EXPERIMENTS = read_experiments(Path(__file__).with_suffix(".ini"))
 
 
@@ -456,7 +462,10 @@ def run(row, places, runs):
     words = [places.get(word, word) for word in row["command"].split()[1:]]
     status = launch([*words, "--exp-dir", directory, "--resume"], output)
     if status == 0:
-        status = launch(["eval_lincls.py", "--exp-dir", directory, "--no-baselines"], output)
+        evaluation = ["eval_lincls.py", "--exp-dir", directory, "--no-baselines"]
+        if FEW_LABELS[row["data"]]:
+            evaluation += ["--labels", *FEW_LABELS[row["data"]]]
+        status = launch(evaluation, output)
     last_words = output.read_text()[-500:]
     if status != 0 and not any(message in last_words for message in DIVERGED):
         print(f"failed, see {output}", file=sys.stderr)
@@ -467,7 +476,9 @@ def run(row, places, runs):
         figures = {}
     if status == 0:
         figures |= evaluation_figures(directory)
+    few_labels = figures.pop("few_labels", "")
     figures = {name: f"{float(value):.2f}" for name, value in figures.items()}
+    figures["few_labels"] = few_labels
     images_seen, minutes = training_cost(directory)
     costs = {"images_seen": images_seen, "minutes": f"{minutes:.1f}", "commit": commit}
     return row | figures | costs
@@ -512,7 +523,22 @@ def evaluation_figures(directory):
     figures["knn"] = next(table[name] for name in table if name.startswith("kNN"))
     for name in ("NMI", "AMI", "acc"):
         figures[name.lower()] = table[f"{name} {CLASSES}"]
+    few = []
+    for name, value in table.items():
+        if name.startswith("linear, ") and not name.endswith(", std"):
+            amount = name.removeprefix("linear, ").replace("0.01 of", "1 % of")
+            few.append(f"{amount}: {value:.2f}")
+    figures["few_labels"] = "; ".join(few)
     return figures
+
+
+def few_labels_of(row):
+    """The accuracies of the probes with few labels, {amount of labels: percent}."""
+    found = {}
+    for part in filter(None, row["few_labels"].split("; ")):
+        amount, percent = part.split(": ")
+        found[amount] = float(percent)
+    return found
 
 
 def training_cost(directory):
@@ -534,10 +560,16 @@ def table(name, rows):
     Δ is the difference from the data set's first arm, seed by seed: mean ± standard error. Runs
     that stopped before their evaluation are counted, but have no accuracies.
     """
-    columns = ["data", "arm", "seeds", "million images", *MEANS, *DIFFERENCES]
+    arms = list(rows_of(name, rows))
+    amounts = dict.fromkeys(
+        amount for *_, found in arms for row in found for amount in few_labels_of(row)
+    )
+    columns = ["data", "arm", "seeds", "million images", *MEANS]
+    columns += [f"linear, {amount}" for amount in amounts]
+    columns += DIFFERENCES
     lines = [markdown_line(columns), "|---" * len(columns) + "|"]
     first_arms = {}  # {data: {seed: row of the first arm}}
-    for data, arm, found in rows_of(name, rows):
+    for data, arm, found in arms:
         seeds = str(len(found))
         stopped = sum(not row["linear"] for row in found)
         if stopped:
@@ -547,6 +579,10 @@ def table(name, rows):
 
         for figure in MEANS.values():
             values = [float(row[figure]) for row in found if row[figure]]
+            cells.append(mean_and_spread(values))
+        for amount in amounts:
+            probes = [few_labels_of(row) for row in found]
+            values = [probe[amount] for probe in probes if amount in probe]
             cells.append(mean_and_spread(values))
 
         first_arm = first_arms.get(data, {})
@@ -599,10 +635,16 @@ def draw(name, rows, runs, path):
     for data, arm, found in rows_of(name, rows):
         epochs = []
         for row in found:
-            epochs += read(directory_of(row["command"], runs) / "log.csv")
+            directory = directory_of(row["command"], runs)
+            epochs += read(directory / "log.csv") or read(LOGS / f"{directory.name}.csv")
         if epochs:
             logs.setdefault(data, {})[arm] = epochs
     if not logs:
+        return
+    if "C" in logs:
+        figure = draw_worth(logs["C"], {arm: found[0] for _, arm, found in rows_of(name, rows)})
+        figure.suptitle(EXPERIMENTS[name]["question"])
+        figure.savefig(path, dpi=100)
         return
 
     # a block is as high as its panels and its title
@@ -649,6 +691,44 @@ def draw_block(block, logs, curve, title):
         ax.set_xlabel("epoch", fontsize=7)
     for ax in panels[used:]:
         ax.remove()
+
+
+def draw_worth(logs, rows):
+    """A figure of kNN accuracy over the epochs, and of what the last features are worth.
+
+    logs: {arm: rows of the log.csv of all seeds}. rows: {arm: row of its first seed}.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    colors = {arm: f"C{i}" for i, arm in enumerate(logs)}
+    for arm, log in logs.items():
+        draw_curve(curves, log, "knn", colors[arm])
+    curves.set(xlabel="epoch", ylabel="kNN accuracy (%)")
+    curves.grid(alpha=0.3)
+
+    width = 0.8 / len(logs)
+    for i, arm in enumerate(logs):
+        heights = accuracies_by_name(rows[arm])
+        middles = np.arange(len(heights))
+        left = middles + (i - len(logs) / 2) * width
+        drawn = bars.bar(left, heights.values(), width, color=colors[arm], label=arm, align="edge")
+        bars.bar_label(drawn, fmt="%.1f", fontsize=7)
+        bars.set_xticks(middles, [textwrap.fill(name, 14) for name in heights], fontsize=8)
+    bars.set(ylabel="after the last epoch (%)")
+    bars.legend(loc="upper right", fontsize=8)
+    return figure
+
+
+def accuracies_by_name(row):
+    """What the features of a run are worth, {name: percent}."""
+    found = {"kNN": row["knn"], "linear probe": row["linear"]}
+    for amount, percent in few_labels_of(row).items():
+        found[f"linear probe, {amount}"] = percent
+    found["clusters: accuracy"] = row["acc"]
+    found["clusters: NMI"] = row["nmi"]
+    return {name: float(percent) for name, percent in found.items()}
 
 
 def draw_curve(ax, log, curve, color):

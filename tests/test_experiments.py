@@ -241,6 +241,7 @@ class FakeRuns:
         self.folder = folder
         self.launched = []  # the words of each start of a script
         self.original = subprocess.run
+        self.few_labels = {}  # {name in eval.json: accuracy}
         self.before_seed_7 = None  # a function to call once, when a run of seed 7 has started
 
     def __call__(self, words, **options):
@@ -262,6 +263,8 @@ class FakeRuns:
         (directory / "args.json").write_text(json.dumps(args))
         figures = {"linear": 90, "kNN 200": 80, "NMI 3": 70, "AMI 3": 60, "acc 3": 50}
         figures["acc 3 held out"] = 1
+        for name, value in self.few_labels.items():
+            figures |= {name: value, f"{name}, std": 9}
         if "lr-0.2" in directory.name:
             figures["linear"] = 91 + 2 * int(directory.name[-1])
         (directory / "eval.json").write_text(json.dumps({"figures": {"trained": figures}}))
@@ -386,6 +389,40 @@ def test_the_picture_compares_each_arm_with_the_first(fake, tmp_path, monkeypatc
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
+def test_the_picture_of_all_of_cifar10_shows_the_rows(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    rows = experiments.read(experiments.ROOT / "results" / "experiments.csv")
+    DRAW("C", rows, tmp_path, tmp_path / "C.png")
+    curves, bars = figures[0].axes
+    arms = list(experiments.EXPERIMENTS["C"]["arms"])
+    assert [text.get_text() for text in bars.get_legend().texts] == arms
+    for curve, bar, arm in zip(curves.lines, bars.containers, arms, strict=True):
+        (row,) = [row for row in rows if row["experiment"] == "C" and row["arm"] == arm]
+        shown = [patch.get_height() for patch in bar]
+        few = experiments.few_labels_of(row)
+        expected = [row["knn"], row["linear"], few["1 % of labels"], row["acc"], row["nmi"]]
+        assert shown == [float(percent) for percent in expected]
+        assert curve.get_xdata()[-1] == 199
+        assert curve.get_ydata()[-1] == pytest.approx(float(row["knn"]), abs=0.1)
+
+
+def test_probes_with_few_labels_are_columns_of_the_table(fake, tmp_path, monkeypatch):
+    monkeypatch.setitem(experiments.FEW_LABELS, "P", ["0.01", "5"])
+    fake.few_labels = {"linear, 5 per class": 40.126, "linear, 0.01 of labels": 30}
+    fake.main("one", "0", "1", "--arms", "a", "b")
+    evaluations = [words for words in fake.launched if "eval_lincls.py" in words]
+    assert all(words[-3:] == ["--labels", "0.01", "5"] for words in evaluations)
+    rows = experiments.read(tmp_path / "experiments.csv")
+    assert rows[0]["few_labels"] == "5 per class: 40.13; 1 % of labels: 30.00"
+    title, _, *lines = experiments.table("one", rows).splitlines()
+    columns = title.strip("| ").split(" | ")
+    for line in lines:
+        cells = dict(zip(columns, line.strip("| ").split(" | "), strict=False))
+        assert cells["linear, 5 per class"] == "40.1 ± 0.0"
+        assert cells["linear, 1 % of labels"] == "30.0 ± 0.0"
+
+
 # -- mistakes --------------------------------------------------------------------------------------
 def test_failed_runs_give_status_1_and_no_row(fake, tmp_path, capsys):
     fake.arms["bad"] = "--lr 8"
@@ -463,7 +500,9 @@ def test_the_readmes_tables_are_those_of_the_stored_rows():
     assert names
     for name in names:
         assert experiments.table(name, rows) in text, f"the table of {name} is another one"
-    lines = [line for line in text.splitlines() if line.startswith(("| P |", "| F |", "| D |"))]
+    lines = [
+        line for line in text.splitlines() if line.startswith(("| C |", "| P |", "| F |", "| D |"))
+    ]
     expected = [arm for name in names for arm in experiments.rows_of(name, rows)]
     assert len(lines) == len(expected)
 
