@@ -10,9 +10,11 @@ matrix products, one for the rows and one for the columns. So is a blur.
     im_q, im_k = random_view.two_views(images, RandomView.draw(len(images), seed=0))
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 # ImageNet's mean and standard deviation, used for every data set, as in MoCo
@@ -122,49 +124,59 @@ class RandomView:
         draws: (N, DRAWS) on the CPU.
         """
         draws = Draws.split(draws)
-        x = images.float() / 255
+        x = images / 255
         if self.crop:
             height, width = x.shape[2:]
             boxes = random_boxes(draws, height, width, self.crop_min)
             x = resized_crop(x, boxes, self.size)
 
-        # the images that each operation changes, {operation: (N,) bool}
-        masks = (draws.chances < torch.tensor(list(self.chances.values()))).T
-        chosen = dict(zip(self.chances, masks, strict=True))
-
         # brightness, contrast and saturation are factors around 1; hue is a turn around 0
         changes = (2 * draws.jitter - 1) * self.jitter
         factors = (changes + torch.tensor([1, 1, 1, 0]))[..., None, None, None]
         order = draws.jitter_order[0].argsort().tolist()
-
-        # MoCo v2 converts to grayscale after the jitter, MoCo v1 before it
-        if self.aug_plus:
-            apply_where(x, chosen["jitter"], color_jitter, factors, order=order)
-            apply_where(x, chosen["grayscale"], grayscale)
-        else:
-            apply_where(x, chosen["grayscale"], grayscale)
-            apply_where(x, chosen["jitter"], color_jitter, factors, order=order)
-
         sigma = 0.1 + 1.9 * draws.blur_sigma[:, 0]  # 0.1 to 2 pixels
-        apply_where(x, chosen["blur"], gaussian_blur, sigma)
-        apply_where(x, chosen["flip"], mirror)
+
+        operations = [
+            ("jitter", functools.partial(color_jitter, order=order), factors),
+            ("grayscale", grayscale),
+        ]
+        if not self.aug_plus:  # MoCo v1 converts to grayscale before the jitter
+            operations.reverse()
+        operations += [("blur", gaussian_blur, sigma), ("flip", mirror)]
+
+        # the images that each operation changes, {operation: (N,) bool}
+        masks = (draws.chances < torch.tensor(list(self.chances.values()))).T
+        masks = masks.to(x.device, non_blocking=True)
+        chosen = dict(zip(self.chances, masks, strict=True))
+
+        apply = apply_to_rows if x.device.type == "cpu" else apply_to_all
+        for name, operation, *parameters in operations:
+            if self.chances[name] > 0:
+                x = apply(x, chosen[name], operation, *parameters)
         return normalize(x)
 
 
-def apply_where(x, mask, operation, *parameters, **options):
-    """Replace x[mask] by `operation` of it, in place.
+def apply_to_rows(x, mask, operation, *parameters):
+    """Replace x[mask] by `operation` of it, in place. On a CPU, fewer images take less time.
 
     x: (N, 3, S, S) images.
-    mask: (N,) bool, on the CPU. Counting selected images on the device would make the host wait.
-    operation: a function of the selected images, their parameters and the options.
-    parameters: (N, ...) each, on the CPU.
+    mask: (N,) bool.
+    operation: a function of the selected images and of their parameters.
+    parameters: (N, ...) each.
     """
     rows = mask.nonzero()[:, 0]
-    if len(rows) == 0:
-        return
-    parameters = [parameter[rows].to(x.device, non_blocking=True) for parameter in parameters]
-    rows = rows.to(x.device, non_blocking=True)
-    x[rows] = operation(x[rows], *parameters, **options)
+    if len(rows) > 0:
+        x[rows] = operation(x[rows], *(parameter[rows] for parameter in parameters))
+    return x
+
+
+def apply_to_all(x, mask, operation, *parameters):
+    """The same as `apply_to_rows`, not in place. On a GPU, fewer calls take less time.
+
+    Besides, to count the selected images there would make the host wait.
+    """
+    parameters = [parameter.to(x.device, non_blocking=True) for parameter in parameters]
+    return torch.where(mask[:, None, None, None], operation(x, *parameters), x)
 
 
 def random_boxes(draws, height, width, area_min):
@@ -174,29 +186,34 @@ def random_boxes(draws, height, width, area_min):
     height, width: size of the images.
     area_min: smallest area of a box, as a fraction of the image's area.
     Returns (N, 4): top, left, height and width in whole pixels.
+
+    NumPy does this on one thread. PyTorch would wake all threads for a few thousand numbers, which
+    takes milliseconds on a machine with many cores.
     """
     # the sizes to try: the area is uniform, the aspect ratio log-uniform in 3/4 to 4/3
-    area = height * width * (area_min + (1 - area_min) * draws.box_area)
-    ratio = (4 / 3) ** (2 * draws.box_ratio - 1)
-    heights = (area / ratio).sqrt().round()
-    widths = (area * ratio).sqrt().round()
-    sizes = torch.stack([heights, widths], dim=2)  # (N, TRIES, 2)
+    area = height * width * (area_min + (1 - area_min) * draws.box_area.numpy())
+    ratio = (4 / 3) ** (2 * draws.box_ratio.numpy() - 1)
+    heights = np.sqrt(area / ratio).round()
+    widths = np.sqrt(area * ratio).round()
+    sizes = np.stack([heights, widths], 2)  # (N, TRIES, 2)
 
     # take the first size that fits in the image, and a random position
-    image_size = torch.tensor([height, width])
+    image_size = np.array([height, width], np.float32)
     fits = ((sizes >= 1) & (sizes <= image_size)).all(2)  # (N, TRIES)
-    first = fits.int().argmax(1)
-    size = sizes[torch.arange(len(sizes)), first]  # (N, 2)
-    start = (draws.box_corner * (image_size - size + 1)).floor()
+    first = fits.argmax(1)
+    size = sizes[np.arange(len(sizes)), first]  # (N, 2)
+    start = np.floor(draws.box_corner.numpy() * (image_size - size + 1))
 
     # if none fits, take a central box, as large as the allowed ratios permit
     central_height = min(height, round(width * 4 / 3))
     central_width = min(width, round(height * 4 / 3))
-    central_size = torch.tensor([central_height, central_width])
+    central_size = np.array([central_height, central_width], np.float32)
     central_start = (image_size - central_size) // 2
 
-    found = fits.any(1, keepdim=True)
-    return torch.cat([start.where(found, central_start), size.where(found, central_size)], 1)
+    found = fits.any(1, keepdims=True)
+    start = np.where(found, start, central_start)
+    size = np.where(found, size, central_size)
+    return torch.from_numpy(np.concatenate([start, size], 1))
 
 
 def resized_crop(x, boxes, size):
@@ -207,26 +224,29 @@ def resized_crop(x, boxes, size):
     Returns (N, 3, size, size).
     """
     boxes = boxes.to(x.device, non_blocking=True)
-    top, left, height, width = boxes.T[..., None, None]  # (N, 1, 1) each
-    rows = _resize_matrix(top, height, x.shape[2], size)
-    columns = _resize_matrix(left, width, x.shape[3], size)
-    return rows[:, None] @ x @ columns[:, None].mT
+    start, length = boxes.T[..., None, None].split(2)  # (2, N, 1, 1) each: vertical, horizontal
+    height, width = x.shape[2:]
+    rows, columns = _resize_matrices(start, length, max(height, width), size)
+    rows = rows[:, None, :, :height]
+    columns = columns[:, None, :, :width]
+    return rows @ x @ columns.mT
 
 
-def _resize_matrix(start, length, n, size):
-    """Matrices (N, size, n) that resize a part of n pixels to `size` pixels.
+def _resize_matrices(start, length, n, size):
+    """Matrices (2, N, size, n) that resize a part of n pixels to `size` pixels.
 
     A row holds the weights of one new pixel: a triangle around its centre. The triangle reaches one
     new pixel to either side, and at least one old pixel.
 
-    start, length: (N, 1, 1) first pixel and number of pixels of the part.
+    start, length: (2, N, 1, 1) first pixel and number of pixels of the part.
     """
+    pixel = pixel_centres(n, start.device)
+    new_pixel = pixel_centres(size, start.device)[:, None]
     step = length / size  # old pixels per new pixel
-    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
-    pixel = torch.arange(n, device=start.device) + 0.5
-    weight = (1 - (pixel - centre).abs() / step.clamp(min=1)).clamp(min=0)
-    weight = weight * ((pixel > start) & (pixel < start + length))
-    return weight / weight.sum(2, keepdim=True)
+    distance = (pixel - (start + new_pixel * step)).abs_()
+    weight = (1 - distance.div_(step.clamp(min=1))).clamp_(min=0)
+    weight *= (pixel > start) & (pixel < start + length)
+    return weight.div_(weight.sum(3, keepdim=True))
 
 
 def luminance(x):
@@ -275,14 +295,15 @@ def hue(x, turn):
     value, largest = x.max(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
 
+    # the difference between the other two channels; red is followed by green, green by blue
+    twice = x.repeat(1, 2, 1, 1)
+    difference = (twice[:, 1:4] - twice[:, 2:5]).gather(1, largest)
+
     # the new hue in sixths of a turn: 0 is red, 2 green, 4 blue
-    red, green, blue = x.split(1, 1)
-    difference = torch.where(largest == 1, blue - red, red - green)
-    difference = torch.where(largest == 0, green - blue, difference)
-    sixths = difference / chroma.clamp(min=1e-8) + 2 * largest + 6 * turn
+    sixths = (difference / chroma.clamp(min=1e-8)).add_(largest, alpha=2).add_(6 * turn)
 
     # back to RGB: a channel is lower than `value` by up to `chroma`, depending on the hue
-    distance = (sixths + per_channel((5.0, 3.0, 1.0), x)).remainder_(6)
+    distance = (sixths + per_channel((5.0, 3.0, 1.0), x.device)).remainder_(6)
     return value - chroma * torch.minimum(distance, 4 - distance).clamp_(0, 1)
 
 
@@ -308,11 +329,18 @@ def normalize(x):
     x: (N, 3, H, W) uint8, or float in 0 to 1.
     """
     if not x.is_floating_point():
-        x = x.float() / 255
-    x = (x - per_channel(MEAN, x)) / per_channel(STD, x)
+        x = x / 255
+    x = (x - per_channel(MEAN, x.device)) / per_channel(STD, x.device)
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def per_channel(values, x):
-    """Put one value per channel into a tensor (3, 1, 1) on the device of x."""
-    return torch.tensor(values)[:, None, None].to(x.device, non_blocking=True)
+@functools.cache
+def pixel_centres(n, device):
+    """The centres of n pixels: 0.5, 1.5 and so on (n,)."""
+    return torch.arange(0.5, n, device=device)
+
+
+@functools.cache
+def per_channel(values, device):
+    """One value per channel: (3, 1, 1) on the device, which receives them once."""
+    return torch.tensor(values)[:, None, None].to(device, non_blocking=True)
