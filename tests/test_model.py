@@ -4,11 +4,19 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from cluster import run_kmeans
 from loss import info_nce, proto_nce
-from model import MoCo, SplitBatchNorm2d, build_encoder, move_running_statistics
+from model import (
+    MoCo,
+    NormalizeGroups,
+    SplitBatchNorm2d,
+    build_encoder,
+    move_running_statistics,
+    normalize_groups,
+)
 
 
 def make_model(**options):
@@ -69,9 +77,7 @@ def test_running_statistics_become_those_of_the_groups():
 
 
 @pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("fold", [False, True])
-def test_running_statistics_move_once_a_step_by_the_mean_of_the_groups(monkeypatch, fold, splits):
-    monkeypatch.setattr(SplitBatchNorm2d, "fold", fold)
+def test_running_statistics_move_once_a_step_by_the_mean_of_the_groups(splits):
     x = drifting_images(12)
     norm = SplitBatchNorm2d(3, splits)
     other = SplitBatchNorm2d(3, splits)  # with another number of values behind each mean
@@ -87,24 +93,33 @@ def test_running_statistics_move_once_a_step_by_the_mean_of_the_groups(monkeypat
     assert norm.num_batches_tracked == 1
 
 
-def test_folding_groups_into_channels_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_and_their_gradients_are_those_of_one_batch_norm_per_group(splits, dtype):
+    """Both on a CPU, where groups go through autograd, and as on a GPU."""
     torch.manual_seed(0)
-    x = torch.randn(12, 5, 4, 3).to(memory_format=torch.channels_last)
+    x = torch.randn(12, 5, 4, 3).to(dtype, memory_format=torch.channels_last)
     loss_weight = torch.randn_like(x)
+    weight = torch.rand(5, requires_grad=True)
+    bias = torch.rand(5, requires_grad=True)
+
+    def by_torch(x, weight, bias, splits, eps):
+        groups = x.chunk(splits)
+        parts = [F.batch_norm(group, None, None, weight, bias, True, eps=eps) for group in groups]
+        mean = torch.stack([group.float().mean((0, 2, 3)) for group in groups])
+        variance = torch.stack([group.float().var((0, 2, 3), correction=0) for group in groups])
+        return torch.cat(parts), mean, (variance + eps).rsqrt()
+
     results = []
-    for fold in (False, True):
-        monkeypatch.setattr(SplitBatchNorm2d, "fold", fold)
-        norm = SplitBatchNorm2d(5, num_splits=3)
-        torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
+    for function in (by_torch, normalize_groups, NormalizeGroups.apply):
+        weight.grad = bias.grad = None
         inputs = x.clone().requires_grad_()
-        y = norm(inputs)
+        y, mean, rstd = function(inputs, weight, bias, splits, 1e-5)
         (y * loss_weight).sum().backward()
-        move_running_statistics([norm])
         assert y.is_contiguous(memory_format=torch.channels_last)
-        gradients = (inputs.grad, norm.weight.grad, norm.bias.grad)
-        results.append((y, *gradients, norm.running_mean, norm.running_var))
-    one_by_one, folded = results
-    torch.testing.assert_close(one_by_one, folded, atol=1e-5, rtol=1e-4)
+        results.append((y, mean, rstd, inputs.grad, weight.grad, bias.grad))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(results[2], results[0], atol=1e-5, rtol=1e-4)
 
 
 # -- keys and queue --------------------------------------------------------------------------------
