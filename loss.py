@@ -29,7 +29,8 @@ def info_nce(q, k, queue, temperature):
         positive = (q * k).sum(1, keepdim=True)  # (N, 1)
         logits = torch.cat([positive, q @ queue.float()], dim=1) / temperature  # (N, 1 + R)
         target = torch.zeros(len(q), dtype=torch.long, device=q.device)
-        return _cross_entropy(logits, target)
+        loss, hits = _cross_entropy(logits, target)
+    return loss, 100 * hits.mean(dtype=torch.float32)
 
 
 def proto_nce(q, index, clusters, num_negatives):
@@ -51,7 +52,7 @@ def proto_nce(q, index, clusters, num_negatives):
     if not clusters:
         raise ValueError("proto_nce needs the clusters of at least one granularity")
     losses = []
-    accs = []
+    hits = []
     with torch.autocast(q.device.type, enabled=False):
         for im2cluster, centroids, density in clusters:
             target = im2cluster[index]  # (N,) the prototype of each sample
@@ -65,10 +66,10 @@ def proto_nce(q, index, clusters, num_negatives):
                 prototypes = (centroids / density[:, None]).T  # (D, K)
                 logits = q.float() @ prototypes  # (N, K)
 
-            loss, acc = _cross_entropy(logits, target)
+            loss, hit = _cross_entropy(logits, target)
             losses.append(loss)
-            accs.append(acc)
-    return torch.stack(losses).mean(), torch.stack(accs).mean()
+            hits.append(hit)
+    return torch.stack(losses).mean(), 100 * torch.cat(hits).mean(dtype=torch.float32)
 
 
 def _choose_prototypes(target, num_cluster, num_negatives):
@@ -103,7 +104,7 @@ def _choose_prototypes(target, num_cluster, num_negatives):
 
 
 def _cross_entropy(logits, target):
-    """Mean cross-entropy, and top-1 accuracy in percent. Overwrites `logits`.
+    """Mean cross-entropy, and which rows (N,) are top-1 hits. Overwrites `logits`.
 
     A row is a hit if the logit of its target exceeds all others; a tie is not. If all features
     collapse onto one point, all logits are equal, and taking the first as the maximum would report
@@ -115,5 +116,4 @@ def _cross_entropy(logits, target):
     with torch.no_grad():  # the gradient of the loss needs no logits, so they can be overwritten
         own = logits.gather(1, target[:, None])
         others = logits.scatter_(1, target[:, None], -torch.inf).amax(1, keepdim=True)
-        acc = 100 * (own > others).float().mean()
-    return loss, acc
+    return loss, (own > others)[:, 0]

@@ -133,8 +133,7 @@ def train_one_epoch(run, network, loader, random_view, keys, stop):
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        # without --clip-grad the norm is only measured
-        grad_norm = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf, foreach=True)
+        grad_norm = clip_gradients(model, args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         model.momentum_update_key_encoder()
@@ -174,6 +173,17 @@ def show_progress(run, bar, steps, steps_done):
     seconds_left = bar.say(f"loss {mean_loss:.3f}", steps_left / steps_done)
     if run.epoch == 0 and bar.first_minute_ends():
         bar.note(diagnose.warn_of_days(seconds_left, vars(run.args)))
+
+
+def clip_gradients(model, largest):
+    """Scale the gradient down to a norm of `largest`, or leave it as it is if that is None.
+
+    Returns its norm before, a scalar tensor.
+    """
+    if largest:
+        return clip_grad_norm_(model.parameters(), largest, foreach=True)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.stack(torch._foreach_norm(gradients)).norm()
 
 
 def collect_results(run, pending, keys):

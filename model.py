@@ -96,10 +96,11 @@ class MoCo(nn.Module):
 
         q = _unit(z_q)
         k = _unit(z_k)
+        features = self._features_to_cluster(k)
         c = q  # a head on the query side goes here
         if clustering and self.cluster_head == "report":
             k = _unit(self.v(k))
-        return q, k, c, self._features_to_cluster(z_k)
+        return q, k, c, features
 
     @torch.no_grad()
     def encode(self, images):
@@ -109,16 +110,16 @@ class MoCo(nn.Module):
         """
         was_training = self.training
         self.eval()
-        features = self._features_to_cluster(self.encoder_k(images))
+        features = self._features_to_cluster(_unit(self.encoder_k(images)))
         self.train(was_training)
         return features
 
     @torch.no_grad()
-    def _features_to_cluster(self, z_k):
-        """The key encoder's output (N, D) -> (N, D) float32 unit rows in the prototypes' space."""
+    def _features_to_cluster(self, k):
+        """Keys (N, D) -> (N, D) float32 unit rows in the prototypes' space."""
         if self.cluster_head == "report":
-            z_k = self.v(_unit(z_k))
-        return _unit(z_k)
+            return _unit(self.v(k))
+        return k
 
     def cluster_head_parameters(self):
         """Names of the parameters outside the encoders. During the warm-up they are not used."""
@@ -141,7 +142,7 @@ class MoCo(nn.Module):
         keys = concat_all_gather(k)[-r:]
         positions = (self.queue_ptr + torch.arange(len(keys), device=k.device)) % r
         self.queue[:, positions] = keys.T
-        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % r)
+        self.queue_ptr.add_(len(keys)).remainder_(r)
 
     @torch.no_grad()
     def batch_shuffle(self, images):
@@ -158,11 +159,12 @@ class MoCo(nn.Module):
         if groups == 1:
             return images, slice(None)
 
-        # shuffle within each group, then take one image of each group in turn
+        # shuffle within each group, then take one image of each group in turn; on the host, because
+        # these are few numbers
         size = n // self.bn_splits  # images in a group
-        order = torch.rand(groups, size, device=images.device).argsort(1)
-        first = torch.arange(groups, device=images.device)[:, None] * size
-        order = (order + first).T.flatten()
+        order = torch.rand(groups, size).argsort(1)
+        order += torch.arange(groups)[:, None] * size
+        order = order.T.flatten().to(images.device, non_blocking=True)
         if world > 1:
             dist.broadcast(order, 0)
             if torch.is_autocast_enabled(images.device.type):  # half as much to send
@@ -378,8 +380,8 @@ def move_running_statistics(norms):
     # running variances are unbiased: n / (n - 1) times the batch's
     correction = [norm.count / (norm.count - 1) for norm in norms]
     torch._foreach_mul_(variance, correction)
-    torch._foreach_lerp_([norm.running_mean for norm in norms], mean, momentum)
-    torch._foreach_lerp_([norm.running_var for norm in norms], variance, momentum)
+    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    torch._foreach_lerp_(running, mean + variance, momentum)
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 

@@ -355,7 +355,7 @@ STEP = {
     "InfoNCE": (main_pcl, "info_nce"),
     "ProtoNCE": (main_pcl, "proto_nce"),
     "backward": (torch.Tensor, "backward"),
-    "clipping": (main_pcl, "clip_grad_norm_"),
+    "clipping": (main_pcl, "clip_gradients"),
     "optimizer": (torch.optim.SGD, "step"),
     "momentum update and queue": (model.MoCo, "momentum_update_key_encoder", "dequeue_and_enqueue"),
     "figures and keys": (main_pcl, "collect_results"),
