@@ -281,6 +281,10 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     A group is a run of consecutive samples. The running statistics move only when
     `move_running_statistics` is called, once after each training step's forward pass.
+
+    Each pass copies the activations once, to join the groups. One call for all groups would copy
+    them twice: it needs the groups as channels of their own, and with channels last, no order of
+    the samples makes that a view.
     """
 
     def __init__(self, num_features, num_splits=1):
@@ -300,63 +304,18 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
         # self.moments: mean and 1 / standard deviation, (splits, C) each
         if splits == 1:
-            y, *moments = _normalize(x, self.weight, self.bias, self.eps)
-            self.moments = [moment[None] for moment in moments]
+            y, mean, rstd = self._normalize(x)
+            self.moments = [mean[None], rstd[None]]
             return y
-        normalize = NormalizeGroups.apply if x.is_cuda else normalize_groups
-        y, *self.moments = normalize(x, self.weight, self.bias, splits, self.eps)
-        return y
+        results = [self._normalize(group) for group in x.chunk(splits)]
+        ys, means, rstds = zip(*results, strict=True)
+        self.moments = [torch.stack(means), torch.stack(rstds)]
+        return torch.cat(ys)
 
-
-def normalize_groups(x, weight, bias, splits, eps):
-    """Batch norm of each group of x (N, C, H, W). Returns y and SplitBatchNorm2d's moments."""
-    results = [_normalize(group, weight, bias, eps) for group in x.chunk(splits)]
-    ys, means, rstds = zip(*results, strict=True)
-    return torch.cat(ys), torch.stack(means), torch.stack(rstds)
-
-
-class NormalizeGroups(torch.autograd.Function):
-    """`normalize_groups` for a GPU, whose `cat` would copy all activations once more.
-
-    Each group is written into its part of y. Only the backward pass copies, to join the groups'
-    gradients. One call for all groups would copy more: it needs them as channels of their own, and
-    with channels last, no order of the samples makes that a view. On a CPU, a backward pass in
-    Python takes longer than the copy.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, splits, eps):
-        y = torch.empty_like(x)
-        mean = weight.new_empty(splits, len(weight))
-        rstd = torch.empty_like(mean)
-        for group, *out in zip(x.chunk(splits), y.chunk(splits), mean, rstd, strict=True):
-            _normalize(group, weight, bias, eps, out=out)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.eps = eps
-        return y, mean, rstd
-
-    @staticmethod
-    def backward(ctx, grad_y, *_):
-        x, weight, mean, rstd = ctx.saved_tensors
-        splits = len(mean)
-        parts = []  # the gradients of each group, of the weight and of the bias
-        groups = zip(grad_y.chunk(splits), x.chunk(splits), mean, rstd, strict=True)
-        for grad, group, *moments in groups:
-            part = torch.ops.aten.native_batch_norm_backward(
-                grad, group, weight, None, None, *moments, True, ctx.eps, [True, True, True]
-            )
-            parts.append(part)
-        grad_x, grad_weight, grad_bias = zip(*parts, strict=True)
-        grad_weight = torch.stack(grad_weight).sum(0)
-        grad_bias = torch.stack(grad_bias).sum(0)
-        return torch.cat(grad_x), grad_weight, grad_bias, None, None
-
-
-def _normalize(x, weight, bias, eps, out=None):
-    """x (N, C, H, W) normalised by its own statistics -> y, mean (C,), 1 / deviation (C,)."""
-    # no running statistics, training, momentum 0
-    return torch.native_batch_norm(x, weight, bias, None, None, True, 0, eps, out=out)
+    def _normalize(self, x):
+        """x (N, C, H, W) normalised by its own statistics -> y, mean (C,), 1 / deviation (C,)."""
+        # no running statistics, training, momentum 0
+        return torch.native_batch_norm(x, self.weight, self.bias, None, None, True, 0, self.eps)
 
 
 @torch.no_grad()

@@ -270,7 +270,7 @@ def cross_entropy_with_topk(logits, target, original=loss._cross_entropy):
     """
     hits = logits.detach().topk(1)[1][:, 0] == target  # first, because `original` overwrites logits
     value, _ = original(logits, target)
-    return value, 100 * hits.float().mean()
+    return value, hits
 
 
 # {patch: (module, name, what takes its place)}

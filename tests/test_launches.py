@@ -17,7 +17,7 @@ import augment
 import main_pcl
 import model
 from augment import Draws, RandomView
-from model import NormalizeGroups
+from model import SplitBatchNorm2d
 
 ROOT = str(Path(main_pcl.__file__).parent)
 
@@ -167,19 +167,18 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_groups_of_batch_norm_copy_the_activations_once_on_a_gpu(dtype):
-    """In the backward pass. In the forward pass they are not copied."""
+def test_groups_of_batch_norm_copy_the_activations_once_in_each_pass(dtype):
     x = torch.randn(16, 8, 6, 6).to(dtype, memory_format=torch.channels_last).requires_grad_()
-    loss_weight = torch.randn_like(x)
-    weight = torch.ones(8, requires_grad=True)
+    gradient = torch.randn_like(x)
+    norm = SplitBatchNorm2d(8, num_splits=4)
     with Copies() as forward:
-        y, _, _ = NormalizeGroups.apply(x, weight, torch.zeros(8), 4, 1e-5)
+        y = norm(x)
     with Copies() as backward:
-        y.backward(loss_weight)
+        y.backward(gradient)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
-    assert max(forward.sizes, default=0) < x.numel()
-    assert [size for size in backward.sizes if size >= x.numel()] == [x.numel()]
+    for copies in (forward, backward):
+        assert [size for size in copies.sizes if size >= x.numel()] == [x.numel()]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
