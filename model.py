@@ -96,11 +96,10 @@ class MoCo(nn.Module):
 
         q = _unit(z_q)
         k = _unit(z_k)
-        features = self._features_to_cluster(k)
         c = q  # a head on the query side goes here
         if clustering and self.cluster_head == "report":
             k = _unit(self.v(k))
-        return q, k, c, features
+        return q, k, c, self._features_to_cluster(z_k)
 
     @torch.no_grad()
     def encode(self, images):
@@ -110,16 +109,16 @@ class MoCo(nn.Module):
         """
         was_training = self.training
         self.eval()
-        features = self._features_to_cluster(_unit(self.encoder_k(images)))
+        features = self._features_to_cluster(self.encoder_k(images))
         self.train(was_training)
         return features
 
     @torch.no_grad()
-    def _features_to_cluster(self, k):
-        """Keys (N, D) -> (N, D) float32 unit rows in the prototypes' space."""
+    def _features_to_cluster(self, z_k):
+        """The key encoder's output (N, D) -> (N, D) float32 unit rows in the prototypes' space."""
         if self.cluster_head == "report":
-            return _unit(self.v(k))
-        return k
+            z_k = self.v(_unit(z_k))
+        return _unit(z_k)
 
     def cluster_head_parameters(self):
         """Names of the parameters outside the encoders. During the warm-up they are not used."""
