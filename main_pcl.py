@@ -55,7 +55,7 @@ from features import (
     save_features,
 )
 from loss import info_nce, proto_nce
-from metrics import knn_accuracy
+from metrics import effective_rank, knn_accuracy, moments, spread
 from model import MoCo, backbone, build_encoder, capture_encoders, compile_encoders
 from runtime import checkpoint, cli, distributed, image_files, report, weights
 from runtime.directory import check_writable, choose_directory, lock, write_args
@@ -203,9 +203,12 @@ def collect_results(run, pending, keys):
                 value = 0.0
             run.totals[name] = run.totals.get(name, 0.0) + value
 
-    if keys is not None and pending:
+    if not pending:
+        return
+    features = torch.cat([features for _, features, _ in pending])
+    run.totals["moments"] = run.totals.get("moments", 0.0) + moments(features).cpu()
+    if keys is not None:
         index = torch.cat([index for index, _, _ in pending])
-        features = torch.cat([features for _, features, _ in pending])
         # the position in the epoch of the first sample: unique, even if the number of ranks changes
         number = first_step * run.args.batch_size + get_rank_and_world()[0]
         save_features(keys, number, index, features)
@@ -385,8 +388,11 @@ def train(run, datasets, stop):
 
         # log and checkpoint
         run.log.append(summarize_epoch(run, len(datasets.train) // args.batch_size, knn))
-        warning = diagnose.warn_of_leak(run.log, run.knn_untrained, vars(args))
-        report.write_log(directory, board, run.log, warning)
+        warnings = [
+            diagnose.warn_of_leak(run.log, run.knn_untrained, vars(args)),
+            diagnose.warn_of_collapse(run.log, vars(args)),
+        ]
+        report.write_log(directory, board, run.log, warnings)
         run.begin_epoch(epoch + 1, clusters)
         if due:
             save(copy=f"checkpoint_{epoch:04d}.pth.tar" if is_kept else None)
@@ -422,8 +428,11 @@ def summarize_epoch(run, steps, knn):
     """
     row = {"epoch": run.epoch, "loss": 0.0}
     for name, total in run.totals.items():
-        row[name] = total / steps
+        if name != "moments":
+            row[name] = total / steps
     row["loss"] = row["loss_inst"] + row["loss_proto"]
+    row["rank"] = effective_rank(run.totals["moments"])
+    row["spread"] = spread(run.totals["moments"])
     row["lr"] = learning_rate(run.epoch + 1 - 1 / steps, run.args)  # of the last step
     row["images_per_second"] = steps * run.args.batch_size / run.seconds
     row["skipped"] = run.skipped

@@ -1,11 +1,15 @@
 """How good features are: linear probes, kNN, few labels, and agreement of clusters with classes.
 
+Without labels: their effective rank and their spread, which show a collapse.
+
 The published linear probe is MoCo's (He et al. 2020, arXiv 1911.05722, section 4.1). The weighted
-kNN vote is from Wu et al. 2018 (arXiv 1805.01978, section 3.4).
+kNN vote is from Wu et al. 2018 (arXiv 1805.01978, section 3.4). The effective rank is RankMe
+(Garrido et al. 2023, arXiv 2210.02885).
 
     train, val, labels = torch.randn(500, 16), torch.randn(100, 16), torch.arange(600) % 10
     scores = logistic_regression(train, labels[:500], val, num_classes=10)
     print(top_k(scores, labels[500:], 1), knn_accuracy(train, labels[:500], val, labels[500:]))
+    print(effective_rank(moments(train)), spread(moments(F.normalize(train))))
 """
 
 import math
@@ -208,6 +212,44 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=None, temperature=0.1):
 def default_k(m):
     """Number of neighbours that vote in a bank of m features: m // 50, but 1 to 200."""
     return max(1, min(200, m // 50))
+
+
+def moments(features):
+    """The moments of features, from which effective_rank and spread follow: (D + 1, D + 1) float64.
+
+    features: (N, D). The sum of [x, 1]^T [x, 1] over their rows x: second moments, sums, and N. The
+    moments of several parts of a data set add up to those of the whole.
+    """
+    rows = F.pad(features.double(), (0, 1), value=1.0)
+    return rows.T @ rows
+
+
+def effective_rank(moments):
+    """How many dimensions features use, from 1 to D (RankMe: Garrido et al. 2023, eq. 1).
+
+    exp(-sum_k p_k log p_k), where p_k = sigma_k / sum_j sigma_j + 1e-7 and sigma_1, ..., sigma_D
+    are the singular values of the matrix of features.
+
+    moments: (D + 1, D + 1) from `moments`.
+    """
+    eigenvalues = torch.linalg.eigvalsh(moments[:-1, :-1])  # the squares of the singular values
+    sigma = eigenvalues.clamp(min=0).sqrt()  # rounding can make a square negative
+    p = sigma / sigma.sum().clamp(min=1e-12) + 1e-7
+    return (-p * p.log()).sum().exp().item()
+
+
+def spread(moments):
+    """How far unit features spread over the sphere, from 0 (one point) to 1 (every direction).
+
+    sqrt(D) times the mean over the D dimensions of their standard deviation. It is that of Chen and
+    He 2021 (arXiv 2011.10566, section 4.1).
+
+    moments: (D + 1, D + 1) from `moments`.
+    """
+    mean = moments[-1, :-1] / moments[-1, -1]
+    square = moments.diagonal()[:-1] / moments[-1, -1]
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    return std.mean().item() * len(std) ** 0.5
 
 
 def draw_labels(labels, amount, seed):

@@ -25,7 +25,8 @@ FIXED = ("arch", "stem", "image_size", "low_dim", "mlp", "cluster_head", "pcl_r"
 FIXED_WITHIN_EPOCH = ("batch_size", "num_cluster")
 # arguments whose values are for one process: they suit one number of processes
 PER_PROCESS = ("workers", "bn_splits")
-PRINTED = {"loss_inst", "loss_proto", "acc_inst", "acc_proto"}  # figures that report.py needs
+# totals that report.py needs
+PRINTED = {"loss_inst", "loss_proto", "acc_inst", "acc_proto", "moments"}
 SAVED_APART = ("args", "model", "optimizer", "scaler")  # not in a checkpoint's entry "run"
 
 
@@ -241,8 +242,9 @@ def check_position(position, run):
     for name, value in run.position().items():
         if value is not None and type(position[name]) is not type(value):
             raise ValueError(name)
-    for total in position["totals"].values():
-        if not isinstance(total, float):
+    for name, total in position["totals"].items():
+        is_square = isinstance(total, torch.Tensor) and total.shape == (len(total), len(total))
+        if not (is_square if name == "moments" else isinstance(total, float)):
             raise ValueError("totals")
     if position["step"] and not position["totals"].keys() >= PRINTED:
         raise ValueError("totals")

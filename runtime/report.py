@@ -24,16 +24,17 @@ FEWEST_IN_MAP = 5  # images
 
 
 # -- log -------------------------------------------------------------------------------------------
-def write_log(directory, board, rows, warning=""):
-    """Print the latest of `rows` and the warning, add it to TensorBoard, and write log.csv.
+def write_log(directory, board, rows, warnings=()):
+    """Print the latest of `rows` and the warnings, add it to TensorBoard, and write log.csv.
 
-    board: a SummaryWriter. rows: {figure: value} per epoch. On the first rank only.
+    board: a SummaryWriter. rows: {figure: value} per epoch. warnings: texts; an empty one is no
+    warning. On the first rank only.
     """
     if get_rank_and_world()[0] > 0:
         return
     row = rows[-1]
     say(format_epoch(row))
-    if warning:
+    for warning in filter(None, warnings):
         say(warning)
     for name, value in row.items():
         if name != "epoch" and value is not None:
@@ -41,7 +42,8 @@ def write_log(directory, board, rows, warning=""):
 
     lines = [",".join(row)]
     for past in rows:
-        cells = ["" if value is None else f"{value:.6g}" for value in past.values()]
+        values = [past.get(name) for name in row]  # an older version knew fewer figures
+        cells = ["" if value is None else f"{value:.6g}" for value in values]
         lines.append(",".join(cells))
     text = "".join(f"{line}\n" for line in lines)
     write_atomically(directory / "log.csv", text.encode())
@@ -53,6 +55,7 @@ def format_epoch(row):
         f"epoch {row['epoch']:3d}  "
         f"loss_inst {row['loss_inst']:.3f}  loss_proto {row['loss_proto']:.3f}  "
         f"acc_inst {row['acc_inst']:5.1f}  acc_proto {row['acc_proto']:5.1f}  "
+        f"rank {row['rank']:3.0f}  "
         f"lr {row['lr']:.4f}  {row['images_per_second']:.0f} images/s"
     )
     if row["skipped"]:
@@ -78,7 +81,7 @@ def new_figure(path, width, height, layout=None):
 
 
 def draw_curves(path, rows, warmup, knn_untrained, start="untrained"):
-    """Draw losses, accuracies and learning rate over the epochs.
+    """Draw losses, accuracies, the rank and spread of the features, and the learning rate.
 
     rows: {figure: value} per epoch. warmup: number of warm-up epochs.
     knn_untrained: kNN accuracy before the first step in percent, or None. start: what to call the
@@ -90,9 +93,11 @@ def draw_curves(path, rows, warmup, knn_untrained, start="untrained"):
     has_knn = knn_untrained is not None or any(row["knn"] is not None for row in rows)
     if has_knn:
         panels["kNN accuracy (%)"] = ("knn",)
-        grid, size = (2, 2), (8, 5.2)
+        grid, size = (2, 3), (11, 5.2)
     else:
-        grid, size = (1, 3), (11, 2.7)
+        grid, size = (1, 5), (13, 2.5)
+    panels["effective rank"] = ("rank",)
+    panels["spread"] = ("spread",)
     panels["learning rate"] = ("lr",)
 
     with new_figure(path, *size, layout="constrained") as figure:
@@ -115,7 +120,7 @@ def draw_curves(path, rows, warmup, knn_untrained, start="untrained"):
 
 def draw_curve(axes, rows, name, first):
     """Draw the figure `name` from epoch `first` on, leaving out epochs without it."""
-    rows = [row for row in rows if row["epoch"] >= first and row[name] is not None]
+    rows = [row for row in rows if row["epoch"] >= first and row.get(name) is not None]
     epochs = [row["epoch"] for row in rows]
     values = [row[name] for row in rows]
     marker = "." if len(rows) < 30 else ""

@@ -20,7 +20,7 @@ from runtime.report import draw_curves, draw_map, draw_prototypes
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-NAMES = ("loss_inst", "loss_proto", "acc_inst", "acc_proto", "lr", "epoch")
+NAMES = ("loss_inst", "loss_proto", "acc_inst", "acc_proto", "rank", "spread", "lr", "epoch")
 
 
 @pytest.fixture
@@ -62,11 +62,12 @@ def make_rows():
 def test_curves(draw):
     axes, _ = draw(draw_curves, make_rows(), 3, 40.0)
     titles = [panel.get_title() for panel in axes]
-    assert titles == ["loss", "accuracy (%)", "kNN accuracy (%)", "learning rate"]
+    assert titles[:3] == ["loss", "accuracy (%)", "kNN accuracy (%)"]
+    assert titles[3:] == ["effective rank", "spread", "learning rate"]
 
     # values; those of ProtoNCE begin after the warm-up
     lines = {line.get_label(): list(line.get_ydata()) for panel in axes for line in panel.lines}
-    for name in ("loss_inst", "acc_inst", "lr"):
+    for name in ("loss_inst", "acc_inst", "rank", "spread", "lr"):
         assert lines[name] == [0, 1, 2, 3, 4, 5]
     for name in ("loss_proto", "acc_proto"):
         assert lines[name] == [3, 4, 5]
@@ -80,12 +81,21 @@ def test_curves(draw):
     assert legend.count("end of the warm-up") == 1
 
 
-def test_curves_without_knn_accuracy_have_three_panels(draw):
+def test_curves_without_knn_accuracy_have_five_panels(draw):
     rows = make_rows()
     for row in rows:
         row["knn"] = None
     axes, _ = draw(draw_curves, rows, 0, None)
-    assert len(axes) == 3
+    assert len(axes) == 5
+
+
+def test_curves_leave_out_figures_that_an_older_version_did_not_log(draw):
+    rows = make_rows()
+    for row in rows[:2]:
+        del row["rank"]
+    axes, _ = draw(draw_curves, rows, 0, None)
+    lines = {line.get_label(): list(line.get_xdata()) for panel in axes for line in panel.lines}
+    assert lines["rank"] == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 9])
@@ -94,7 +104,7 @@ def test_curves_of_one_epoch_that_is_not_finite(draw, warmup):
     row = dict.fromkeys((*NAMES, "knn"), math.nan)
     row["epoch"] = 0
     axes, _ = draw(draw_curves, [row], warmup, math.nan)
-    assert [len(panel.lines) for panel in axes] == [2, 2, 2, 1]
+    assert [len(panel.lines) for panel in axes] == [2, 2, 2, 1, 1, 1]
 
 
 # -- prototypes ------------------------------------------------------------------------------------
