@@ -13,6 +13,9 @@ probe has two protocols: `fast`, the best linear classifier on the features of t
     python eval_lincls.py path/to/imagenet --pretrained moco_v2_800ep_pretrain.pth.tar \\
         --protocol moco
 
+    # which image is in which cluster; the data need no labels
+    python eval_lincls.py path/to/folder --exp-dir runs/a --clusters clusters.csv
+
 Beside the checkpoint it leaves eval.json with the figures of all evaluations, and map.png, a map of
 the held-out images.
 """
@@ -125,6 +128,12 @@ def get_parser():
         help="write the backbone under torchvision's names, for other code; default: not written",
     )
     add(
+        "--clusters",
+        metavar="FILE",
+        help="write the cluster of each training image, and its cosine to the prototype, as a "
+        "table (CSV); the data need no labels for it; default: not written",
+    )
+    add(
         "--json",
         metavar="FILE",
         help="write all figures, and their mean and standard deviation over the runs; default: "
@@ -181,6 +190,7 @@ class Subject(NamedTuple):
     datasets: Datasets
     args: argparse.Namespace  # with every default filled in
     about: dict  # what is evaluated, for eval.json
+    unwritten: list  # files that were asked for and could not be written
 
 
 def main(argv=None):
@@ -220,6 +230,8 @@ def find_checkpoints(args):
         cli.fail("--pretrained and --exp-dir name two checkpoints; choose one")
     if args.export and len(args.exp_dir or ()) > 1:
         cli.fail("--export writes one backbone; name one --exp-dir")
+    if args.clusters and len(args.exp_dir or ()) > 1:
+        cli.fail("--clusters writes those of one network; name one --exp-dir")
 
     paths = []
     if args.pretrained:
@@ -237,19 +249,22 @@ def find_checkpoints(args):
 
 
 def check_outputs(args, paths):
-    """End the program in one line if the files of --export and --json cannot be written.
+    """End the program in one line if a file of --export, --json or --clusters cannot be written.
 
     paths: the checkpoints to evaluate, whose files must not be overwritten.
     """
     if get_rank_and_world()[0] > 0:
         return
-    if args.export and args.json and Path(args.export).resolve() == Path(args.json).resolve():
-        cli.fail("--export and --json name the same file; name two")
-    for name in (args.export, args.json):
+    seen = {}  # {file: flag}
+    for flag in ("export", "json", "clusters"):
+        name = getattr(args, flag)
         if name is None:
             continue
         file = Path(name)
         try:
+            other = seen.setdefault(file.resolve(), flag)
+            if other != flag:
+                cli.fail(f"--{other} and --{flag} name the same file; name two")
             if any(belongs_to(file, path, args) for path in paths):
                 cli.fail(f"{file} is a file of the run that is evaluated; name another one")
             if file.exists() and not file.is_file():
@@ -316,7 +331,9 @@ def prepare(path, args, device, built):
         f"on {name}: {datasets.describe()}; kNN of {neighbours}",
         *(f"note: {note}" for note in datasets.notes),
     ]
-    if not datasets.labelled:
+    if not datasets.has_labels:
+        header.append("note: there are no labels, so no figures; --clusters is written")
+    elif not datasets.labelled:
         header.append("note: clusters alone: linear probe and kNN need labels in both parts")
 
     # networks
@@ -324,7 +341,7 @@ def prepare(path, args, device, built):
     encoder = build(found, path)
     weights.load_backbone(encoder, found, path)
     networks = {"trained": backbone(encoder)}
-    if args.baselines:
+    if args.baselines and datasets.has_labels:
         init = None
         if not args.pretrained:  # a file from elsewhere must not name another to read
             init = stored.get("init")
@@ -353,7 +370,7 @@ def prepare(path, args, device, built):
     identities = {}
     for row, value in hashes.items():
         identities[row] = [value, *(about[name] for name in SETTINGS[1:])]
-    return Subject(path, header, encoder, networks, identities, datasets, args, about)
+    return Subject(path, header, encoder, networks, identities, datasets, args, about, [])
 
 
 def find_data(name, image_size, options, built):
@@ -371,10 +388,10 @@ def find_data(name, image_size, options, built):
 
 def check_labels(name, datasets, args):
     """End the program in one line if there are too few labels."""
-    if not datasets.has_labels:
+    if not datasets.has_labels and not args.clusters:
         cli.fail(
             f"{name} has no labels to evaluate with; name a labelled folder: "
-            "eval_lincls.py DATA --exp-dir DIR"
+            "eval_lincls.py DATA --exp-dir DIR, or write the clusters: --clusters FILE"
         )
     if args.protocol == "moco" and datasets.labelled:
         _, world = get_rank_and_world()
@@ -387,7 +404,7 @@ def check_labels(name, datasets, args):
 
 
 def choose_num_cluster(given, stored, datasets):
-    """The numbers of clusters, in descending order, with the number of classes among them.
+    """The numbers of clusters, in descending order, with the number of classes if there are any.
 
     given: --num-cluster or None; too large a number ends the program in one line.
     stored: the run's own or None; they are replaced if this data set is too small for them.
@@ -400,7 +417,9 @@ def choose_num_cluster(given, stored, datasets):
     num_cluster = given or stored or default_num_cluster(n)
     if max(num_cluster) > n:
         num_cluster = default_num_cluster(n)
-    return sorted({*num_cluster, one_per_class(datasets)}, reverse=True)
+    if datasets.has_labels:
+        num_cluster = [*num_cluster, one_per_class(datasets)]
+    return sorted(set(num_cluster), reverse=True)
 
 
 def one_per_class(datasets):
@@ -465,8 +484,9 @@ def evaluate(subject, device):
                 trained_levels = levels
     finally:  # whatever was measured is shown and kept, even if the next network fails
         if table:
-            print_table(table, subject.args.protocol)
             print_broken_images(subject.datasets)
+        if table and subject.datasets.has_labels:
+            print_table(table, subject.args.protocol)
             map_file = write_result(subject, result)
     if map_file is not None:
         draw_map(map_file, subject.datasets, trained_val, trained_levels)
@@ -513,6 +533,9 @@ def measure(row, network, subject, device):
     unit_features = F.normalize(train, dim=1).cpu().numpy()
     levels = run_kmeans(unit_features, args.num_cluster, TEMPERATURE, args.seed)
     figures |= agreements(levels, val, datasets)
+    if args.clusters and row == "trained":
+        with cli.warn_if_unwritable(args.clusters, subject.unwritten):
+            report.write_clusters(Path(args.clusters), datasets.plain, unit_features, levels)
     return figures, val, levels
 
 
@@ -763,7 +786,7 @@ def conclude(subjects, results, args):
             print(f"one network for all runs, so no deviation: {', '.join(fixed)}")
         print_table(with_deviation(mean, deviation), args.protocol)
 
-    unwritten = []
+    unwritten = [name for subject in subjects for name in subject.unwritten]
     if args.json:
         text = json.dumps({"runs": results, "mean": mean, "std": deviation}, indent=2)
         with cli.warn_if_unwritable(args.json, unwritten):

@@ -290,6 +290,10 @@ def e_step(run, images, epoch, keys=None):
         for tensor in found[k]:
             distributed.broadcast(tensor, source=i % world)
 
+    path = Path(args.exp_dir) / "clusters.csv"
+    if rank == 0 and epoch == args.epochs - 1:
+        with cli.warn_if_unwritable(path):
+            report.write_clusters(path, images, features, [found[k] for k in granularities])
     path = Path(args.exp_dir) / "prototypes.png"
     if rank == 0 and is_milestone(epoch, args.epochs) and picture_is_due(path, epoch, args.epochs):
         with cli.warn_if_unwritable(path):

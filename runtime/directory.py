@@ -37,6 +37,7 @@ FILES = (  # what a run and its evaluation leave
     "broken.txt",
     "eval.json",
     "log.csv",
+    "clusters.csv",
     "events.out.tfevents.*",
     "curves.png",
     "prototypes.png",

@@ -1,10 +1,11 @@
-"""What a run shows: the line per epoch, log.csv, TensorBoard, and pictures.
+"""What a run shows: the line per epoch, log.csv, TensorBoard, clusters.csv, and pictures.
 
 The pictures are the curves of a run, its prototypes with their nearest images, and a map of its
 features.
 """
 
 import contextlib
+import csv
 import io
 import warnings
 
@@ -21,6 +22,7 @@ CELL = 0.6  # inches per image in prototypes.png
 MAP_IMAGES = 3_000  # images in map.png at most, because t-SNE is slow
 MAP_PROTOTYPES = 1_000
 FEWEST_IN_MAP = 5  # images
+ROWS = 2**13  # rows of features that are read at a time
 
 
 # -- log -------------------------------------------------------------------------------------------
@@ -63,6 +65,60 @@ def format_epoch(row):
     if row["knn"] is not None:
         line += f"  kNN {row['knn']:.1f}"
     return line
+
+
+# -- clusters --------------------------------------------------------------------------------------
+def write_clusters(path, images, features, levels):
+    """Write the clusters of each image as a table, one row per image.
+
+    The columns are `file`, relative to the data's folder, or the image's number if it has no file;
+    `label`, the name of its class, if known; and `cluster_K` and `cosine_K` for each granularity K:
+    the number of its cluster, and its cosine to that cluster's prototype.
+    Broken images are left out. Bytes of a name that are not UTF-8 are written as \\udcXX.
+
+    images: a data set with `labels` and `source` like data.Images. features: (M, D) unit rows.
+    levels: their Clusters. Raises OSError if `path` cannot be written.
+    """
+    source = images.source
+    columns = {"file": source.names() or range(len(source))}
+    columns["label"] = [label_name(label, source.classes) for label in images.labels.tolist()]
+    for clusters in levels:
+        k = len(clusters.centroids)
+        columns[f"cluster_{k}"] = clusters.im2cluster.tolist()
+        columns[f"cosine_{k}"] = cosines_to_prototypes(features, clusters)
+
+    text = io.StringIO()
+    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerow(columns)
+    rows = zip(*columns.values(), strict=True)
+    for row, is_broken in zip(rows, source.broken.tolist(), strict=True):
+        if not is_broken:
+            writer.writerow(row)
+    write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
+
+
+def label_name(label, classes):
+    """The name of a class, its number if it has no name, or "" for the label -1."""
+    if label < 0:
+        return ""
+    if label < len(classes):
+        return str(classes[label])
+    return label
+
+
+def cosines_to_prototypes(features, clusters):
+    """The cosine of each feature to the prototype of its cluster, a list of M floats.
+
+    features: (M, D) unit rows.
+    """
+    im2cluster = clusters.im2cluster.cpu().numpy()
+    centroids = clusters.centroids.cpu().numpy()
+    cosines = []
+    for first in range(0, len(features), ROWS):
+        rows = slice(first, first + ROWS)
+        cosine = np.einsum("ij,ij->i", features[rows], centroids[im2cluster[rows]])
+        cosines += cosine.astype(float).round(6).tolist()
+    return cosines
 
 
 # -- pictures --------------------------------------------------------------------------------------
