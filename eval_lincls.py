@@ -125,7 +125,8 @@ def get_parser():
     add(
         "--export",
         metavar="FILE",
-        help="write the backbone under torchvision's names, for other code; default: not written",
+        help="write the backbone under torchvision's names, for other code; FILE.safetensors also "
+        "holds arch, epoch, data and recipe; default: not written",
     )
     add(
         "--clusters",
@@ -190,6 +191,7 @@ class Subject(NamedTuple):
     datasets: Datasets
     args: argparse.Namespace  # with every default filled in
     about: dict  # what is evaluated, for eval.json
+    metadata: dict  # {name: text}, what --export writes beside the weights
     unwritten: list  # files that were asked for and could not be written
 
 
@@ -370,7 +372,28 @@ def prepare(path, args, device, built):
     identities = {}
     for row, value in hashes.items():
         identities[row] = [value, *(about[name] for name in SETTINGS[1:])]
-    return Subject(path, header, encoder, networks, identities, datasets, args, about, [])
+    metadata = describe_training(found.arch, epoch, stored)
+    return Subject(
+        path, header, encoder, networks, identities, datasets, args, about, metadata, unwritten=[]
+    )
+
+
+def describe_training(arch, epoch, stored):
+    """How a network was trained, as far as its checkpoint says, {name: text}.
+
+    epoch: number of epochs, or None. stored: the arguments of one of our runs, or {}. Of a path,
+    only the last part is told, because exported weights are given to others.
+    """
+    metadata = {"arch": arch}
+    if epoch is not None:
+        metadata["epoch"] = str(epoch)
+    if stored:
+        name = Path(str(stored.get("data") or "digits")).name
+        metadata["data"] = name.encode(errors="backslashreplace").decode()
+        left_out = (*checkpoint.PER_START, "data", "init")
+        recipe = {name: value for name, value in stored.items() if name not in left_out}
+        metadata["recipe"] = json.dumps(recipe, default=str, skipkeys=True)
+    return metadata
 
 
 def find_data(name, image_size, options, built):
@@ -795,7 +818,11 @@ def conclude(subjects, results, args):
         about = results[0]
         with cli.warn_if_unwritable(args.export, unwritten):
             load = weights.export(
-                args.export, subjects[0].encoder, about["arch"], about["small_images"]
+                args.export,
+                subjects[0].encoder,
+                about["arch"],
+                about["small_images"],
+                subjects[0].metadata,
             )
             cli.say(f"to load {args.export}: {load}")
     if unwritten:

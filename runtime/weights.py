@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 
 from runtime.checkpoint import save_tensors
 from runtime.cli import fail, format_error
+from runtime.directory import write_atomically
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 DEEPEST = 8  # levels of nested dicts that are searched
@@ -183,17 +185,26 @@ def state_without_fc(encoder):
     return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
 
 
-def export(path, encoder, arch, small_images):
+def export(path, encoder, arch, small_images, metadata=None):
     """Write the backbone as {name: float32 tensor}; a ResNet's names are torchvision's.
 
+    metadata: {name: text}, which a file whose name ends in .safetensors holds besides.
     Returns a line of Python that loads it. Raises OSError if `path` cannot be written.
     """
     state = {}
     for name, tensor in state_without_fc(encoder).items():
         state[name] = tensor.cpu().float().contiguous().clone()
-    save_tensors(Path(path), state)
-    load = f"load_state_dict(torch.load({str(path)!r}), strict=False)"
     is_torchvisions = arch.startswith("resnet") and "_w" not in arch and not small_images
+    if Path(path).suffix == ".safetensors":
+        # transformers refuses a file that does not name its format
+        data = safetensors.torch.save(state, {"format": "pt", **(metadata or {})})
+        write_atomically(Path(path), data)
+        if is_torchvisions:
+            return f'timm.create_model("{arch}", num_classes=0, checkpoint_path={str(path)!r})'
+        load = f"load_state_dict(safetensors.torch.load_file({str(path)!r}), strict=False)"
+    else:
+        save_tensors(Path(path), state)
+        load = f"load_state_dict(torch.load({str(path)!r}), strict=False)"
     if not is_torchvisions:
         call = f'build_encoder("{arch}", small_images={small_images})'
         return f"{call}.{load}  # build_encoder: model.py"
