@@ -38,10 +38,10 @@ def test_timm_loads_an_exported_resnet(tmp_path, arch):
     torch.testing.assert_close(network(IMAGES), expected)
 
     hub = tmp_path / "hub"
-    timm.models.save_for_hf(network, hub)
+    timm.models.save_for_hf(network, hub, safe_serialization=True)
     network = timm.create_model(f"local-dir:{hub}", pretrained=True).eval()
     torch.testing.assert_close(network(IMAGES), expected)
-    os.replace(path, hub / "model.safetensors")  # the file itself, without a detour
+    os.replace(path, hub / "model.safetensors")  # the exported file in place of timm's
     network = timm.create_model(f"local-dir:{hub}", pretrained=True).eval()
     torch.testing.assert_close(network(IMAGES), expected)
 
