@@ -59,7 +59,13 @@ from metrics import (
 )
 from model import backbone, build_encoder
 from runtime import checkpoint, cli, distributed, report, weights
-from runtime.directory import FILES, choose_directory, ran_on, write_atomically
+from runtime.directory import (
+    FILES_OF_EVALUATION,
+    FILES_OF_RUN,
+    choose_directory,
+    ran_on,
+    write_atomically,
+)
 from runtime.distributed import get_rank_and_world, print_main
 
 EPOCHS = 100  # of the published probe
@@ -283,7 +289,7 @@ def belongs_to(file, path, args):
         return False
     names = [path.name, result_file(path, args, "eval.json").name]
     if not args.pretrained:
-        names += FILES
+        names += (*FILES_OF_RUN, *FILES_OF_EVALUATION)
     return any(fnmatch.fnmatchcase(file.name, name) for name in names)
 
 

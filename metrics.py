@@ -230,8 +230,10 @@ def effective_rank(moments):
     exp(-sum_k p_k log p_k), where p_k = sigma_k / sum_j sigma_j + 1e-7 and sigma_1, ..., sigma_D
     are the singular values of the matrix of features.
 
-    moments: (D + 1, D + 1) from `moments`.
+    moments: (D + 1, D + 1) from `moments`. If they are not finite, the rank is nan.
     """
+    if not moments.isfinite().all():
+        return math.nan
     eigenvalues = torch.linalg.eigvalsh(moments[:-1, :-1])  # the squares of the singular values
     sigma = eigenvalues.clamp(min=0).sqrt()  # rounding can make a square negative
     p = sigma / sigma.sum().clamp(min=1e-12) + 1e-7

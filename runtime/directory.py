@@ -29,18 +29,20 @@ NO_FLOCK = (  # how file systems such as Lustre and NFS say that they have no lo
     errno.EINVAL,
 )
 
-FILES = (  # what a run and its evaluation leave
+FILES_OF_RUN = (
     "checkpoint*.pth.tar",
-    "probe.pth.tar",
     "args.json",
     "images.txt",
     "broken.txt",
-    "eval.json",
     "log.csv",
     "clusters.csv",
     "events.out.tfevents.*",
     "curves.png",
     "prototypes.png",
+)
+FILES_OF_EVALUATION = (
+    "probe.pth.tar",
+    "eval.json",
     "map.png",
     "map_[0-9]*.png",
 )
@@ -95,6 +97,9 @@ def lock(directory):
     try:
         directory.mkdir(parents=True, exist_ok=True)
         held = acquire(directory, holder)
+        for pattern in FILES_OF_RUN:
+            for partial in directory.glob(f"{pattern}.tmp"):  # a kill has left it half written
+                partial.unlink()
         write_atomically(holder, describe_this_process().encode())
     except filelock.Timeout:
         fail(
@@ -203,7 +208,7 @@ def read_holder(path):
 
 def clear(directory):
     """Remove the files of an earlier run from `directory`; other files stay."""
-    for pattern in FILES:
+    for pattern in (*FILES_OF_RUN, *FILES_OF_EVALUATION):
         for path in directory.glob(pattern):
             path.unlink()
     clear_features(directory)

@@ -219,3 +219,9 @@ def test_an_unlabelled_run_that_collapses_is_warned(folder, tmp_path, capsys):
     log = run(tmp_path / "flat", *options, "--exp-dir", tmp_path / "run")
     assert log[-1]["spread"] < 0.1
     assert capsys.readouterr().out.count("warning: the features have collapsed") == 1
+
+
+def test_the_rank_of_features_that_are_not_finite_is_nan():
+    features = torch.randn(20, 4)
+    features[3, 2] = torch.nan
+    assert math.isnan(effective_rank(moments(features)))

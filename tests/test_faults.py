@@ -181,6 +181,15 @@ def test_ten_kills_change_nothing(folder, tmp_path, whole):
     check_and_remove_finished_run()
 
 
+def test_what_a_kill_leaves_half_written_is_removed(folder, tmp_path):
+    """Even if the run is finished, so that nothing is written any more. Other files stay."""
+    run(folder, *SMALL, "--epochs", 1, "--exp-dir", tmp_path)
+    for name in ("curves.png.tmp", "checkpoint_0000.pth.tar.tmp", "notes.tmp"):
+        (tmp_path / name).write_text("half")
+    run(folder, *SMALL, "--epochs", 1, "--exp-dir", tmp_path, "--resume")
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["notes.tmp"]
+
+
 # -- signals ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("number", runtime.distributed.STOP_SIGNALS)
 def test_on_a_signal_a_run_finishes_its_step_saves_and_ends(
