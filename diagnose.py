@@ -134,8 +134,9 @@ def is_collapsed(log):
 
 def is_low(row):
     """Whether the rank or the spread of an epoch is low. Epochs of older versions have neither."""
-    rank = row.get("rank", math.inf)
-    return rank < LOW_RANK or row.get("spread", math.inf) < LOW_SPREAD
+    has_low_rank = row.get("rank", math.inf) < LOW_RANK
+    has_low_spread = row.get("spread", math.inf) < LOW_SPREAD
+    return has_low_rank or has_low_spread
 
 
 def remedies(loss_inst, settings):

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from bench import Phases, synchronize  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
@@ -38,42 +39,6 @@ FLAGS = {  # {way of running the encoders: its flags}
 BATCHES = (128, 256, 512, 1024)
 PROFILED = range(30, 40)  # steps of the second epoch
 COLUMNS = ("batch", "encoders", "ms a step", "images/s", "E-step (s)", "kNN (s)", "memory (GB)")
-
-
-class Stopwatch:
-    """Replaces functions of main_pcl by functions that note how long each call takes."""
-
-    def __init__(self, *names):
-        self.seconds = {name: [] for name in names}  # {function: seconds of each call}
-        self.originals = {name: getattr(main_pcl, name) for name in names}
-
-    def __enter__(self):
-        for name in self.originals:
-            setattr(main_pcl, name, self.timed(name))
-        return self
-
-    def __exit__(self, *_):
-        for name, function in self.originals.items():
-            setattr(main_pcl, name, function)
-
-    def timed(self, name):
-        """The function, which waits for the device before it starts and when it ends."""
-
-        def wrapper(*args, **options):
-            synchronize()
-            start = time.perf_counter()
-            result = self.originals[name](*args, **options)
-            synchronize()
-            self.seconds[name].append(time.perf_counter() - start)
-            return result
-
-        return wrapper
-
-
-def synchronize():
-    """Wait for the device, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def keep_in_memory(datasets):
@@ -95,10 +60,10 @@ def measure(batch, encoders):
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with Stopwatch("e_step", "held_out_knn") as watch:
+    with Phases({"E-step": (main_pcl, "e_step"), "kNN": (main_pcl, "held_out_knn")}) as phases:
         speed = train(batch, *FLAGS[encoders])[-1]["images_per_second"]
     cells = [batch, encoders, f"{1000 * batch / speed:.1f}", f"{speed:,.0f}"]
-    for seconds in watch.seconds.values():
+    for seconds in phases.whole.values():
         cells.append(f"{seconds[-1]:.2f}" if seconds else "")
     memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0
     cells.append(f"{memory:.2f}")

@@ -203,8 +203,7 @@ def draw_prototypes(path, images, features, clusters, epoch):
 
     width = CELL * (NEAREST + 2.8)
     height = CELL * (len(order) + 0.6)
-    with warnings.catch_warnings(), new_figure(path, width, height) as figure:
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in another script
+    with new_figure(path, width, height) as figure:
         axes = figure.add_axes(
             (0, 0, 1, 1),
             xlim=(-3.3, NEAREST - 0.5),
@@ -237,9 +236,7 @@ def describe_cluster(labels, phi, classes):
     if len(counts) == 0:
         return text
     common = int(counts.argmax())
-    name = str(common)
-    if common < len(classes):
-        name = display_name(classes[common])
+    name = display_name(label_name(common, classes))
     return f"{100 * counts[common] / counts.sum():.0f} % class {name}\n{text}"
 
 
