@@ -623,15 +623,13 @@ def markdown_line(cells):
 
 # -- curves ----------------------------------------------------------------------------------------
 def draw(name, rows, runs, path):
-    """Draw the curves of an experiment: a block of small panels per data set and figure.
+    """Draw the curves of an experiment.
 
-    A block has a panel per arm, with the data set's first arm in grey in each.
     runs: the directory of the runs. Missing runs are left out. If all are missing, the picture at
         `path` stays as it is.
     """
-    from matplotlib.figure import Figure
-
     logs = {}  # {data: {arm: rows of the log.csv of all seeds}}
+    first_rows = {}  # {arm: row of its first seed}
     for data, arm, found in rows_of(name, rows):
         epochs = []
         for row in found:
@@ -639,25 +637,32 @@ def draw(name, rows, runs, path):
             epochs += read(directory / "log.csv") or read(LOGS / f"{directory.name}.csv")
         if epochs:
             logs.setdefault(data, {})[arm] = epochs
+            first_rows[arm] = found[0]
     if not logs:
         return
-    if "C" in logs:
-        figure = draw_worth(logs["C"], {arm: found[0] for _, arm, found in rows_of(name, rows)})
-        figure.suptitle(EXPERIMENTS[name]["question"])
-        figure.savefig(path, dpi=100)
-        return
+    figure = draw_worth(logs["C"], first_rows) if "C" in logs else draw_blocks(logs)
+    figure.suptitle(EXPERIMENTS[name]["question"])
+    figure.savefig(path, dpi=100)
+
+
+def draw_blocks(logs):
+    """A figure with a block of small panels for each data set and figure.
+
+    A block has a panel per arm, with the data set's first arm in grey in each.
+    logs: {data: {arm: rows of the log.csv of all seeds}}.
+    """
+    from matplotlib.figure import Figure
 
     # a block is as high as its panels and its title
     heights = [max(2, grid_of(logs_of_arms)[0]) + 0.4 for logs_of_arms in logs.values()]
     width = PANEL_WIDTH * COLUMNS_PER_BLOCK * len(CURVES)
     height = PANEL_HEIGHT * (sum(heights) + 0.3)
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(EXPERIMENTS[name]["question"])
     blocks = figure.subfigures(len(logs), len(CURVES), squeeze=False, height_ratios=heights)
     for row, (data, logs_of_arms) in zip(blocks, logs.items(), strict=True):
         for block, (curve, title) in zip(row, CURVES.items(), strict=True):
             draw_block(block, logs_of_arms, curve, f"{data}: {title}")
-    figure.savefig(path, dpi=100)
+    return figure
 
 
 def grid_of(logs):
@@ -702,20 +707,17 @@ def draw_worth(logs, rows):
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    colors = {arm: f"C{i}" for i, arm in enumerate(logs)}
-    for arm, log in logs.items():
-        draw_curve(curves, log, "knn", colors[arm])
+    width = 0.8 / len(logs)
+    for i, (arm, log) in enumerate(logs.items()):
+        draw_curve(curves, log, "knn", f"C{i}")
+        heights = accuracies_by_name(rows[arm])
+        left = np.arange(len(heights)) + (i - len(logs) / 2) * width
+        drawn = bars.bar(left, heights.values(), width, color=f"C{i}", label=arm, align="edge")
+        bars.bar_label(drawn, fmt="%.1f", fontsize=7)
+    names = [textwrap.fill(name, 14) for name in heights]  # the same for all arms
+    bars.set_xticks(np.arange(len(names)), names, fontsize=8)
     curves.set(xlabel="epoch", ylabel="kNN accuracy (%)")
     curves.grid(alpha=0.3)
-
-    width = 0.8 / len(logs)
-    for i, arm in enumerate(logs):
-        heights = accuracies_by_name(rows[arm])
-        middles = np.arange(len(heights))
-        left = middles + (i - len(logs) / 2) * width
-        drawn = bars.bar(left, heights.values(), width, color=colors[arm], label=arm, align="edge")
-        bars.bar_label(drawn, fmt="%.1f", fontsize=7)
-        bars.set_xticks(middles, [textwrap.fill(name, 14) for name in heights], fontsize=8)
     bars.set(ylabel="after the last epoch (%)")
     bars.legend(loc="upper right", fontsize=8)
     return figure

@@ -18,8 +18,17 @@ from runtime.cli import fail
 from runtime.distributed import RESTARTS, broadcast_object, get_rank_and_world, print_main
 
 # arguments that belong to one start of the program, not to the run
-PER_START = ("exp_dir", "resume", "overwrite", "config", "device", "workers", "knn_every")
-PER_START += ("cuda_graphs", "compile")
+PER_START = (
+    "exp_dir",
+    "resume",
+    "overwrite",
+    "config",
+    "device",
+    "workers",
+    "knn_every",
+    "cuda_graphs",
+    "compile",
+)
 # arguments that a resumed run cannot change: at all, or within an epoch
 FIXED = ("arch", "stem", "image_size", "low_dim", "mlp", "cluster_head", "pcl_r", "optim")
 FIXED_WITHIN_EPOCH = ("batch_size", "num_cluster")
