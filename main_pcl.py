@@ -21,6 +21,7 @@ Then `python eval_lincls.py` measures the features.
 import runtime.start  # isort: skip  # noqa: F401  # first: Ctrl-C during the slow imports
 import argparse
 import functools
+import itertools
 import math
 import os
 import shlex
@@ -64,6 +65,7 @@ from runtime.distributed import get_rank_and_world, print_main
 SYNC_EVERY = 20  # steps between reads of their results; each read makes the host wait
 SAVE_EVERY = 60  # seconds between checkpoints; shorter epochs are not all saved
 DRAW_EVERY = 100  # seconds between drawings of a picture, which take about one
+PIXELS_AT_ONCE = 2**22  # of the images whose views a GPU makes in one go
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip after an overflow
 MAX_KNN = 50_000  # images per part in the kNN accuracy during training
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,7 +96,7 @@ def train_one_epoch(run, network, loader, random_view, keys, stop):
     stop: StopSignals; a signal ends the epoch after the current step.
     """
     args, model, optimizer, scaler = run.args, run.model, run.optimizer, run.scaler
-    rank, world = get_rank_and_world()
+    rank, _ = get_rank_and_world()
     steps = len(loader.dataset) // args.batch_size
     first_step = run.step
     clusters = None  # warm-up: InfoNCE alone
@@ -104,28 +106,27 @@ def train_one_epoch(run, network, loader, random_view, keys, stop):
     start = time.time()
 
     model.train()
-    bar = cli.Progress(loader, desc=f"epoch {run.epoch}", disable=rank > 0)
-    for images, index in bar:
+    views = views_of_steps(run, loader, random_view)
+    bar = cli.Progress(views, f"epoch {run.epoch}", total=steps - first_step, disable=rank > 0)
+    for index, im_q, im_k in bar:  # (N,) positions of the images, (N, 3, S, S) each view
         # every step has its own seed, so a resumed run needs no saved random state
         torch.manual_seed(derive_seed(args.seed, run.epoch, run.step, rank))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.epoch + run.step / steps, args)
 
-        # two random views; every rank draws for the whole batch and keeps its own share
-        draws = RandomView.draw(args.batch_size, seed=derive_seed(args.seed, run.epoch, run.step))
-        images = images.to(args.device, non_blocking=True)
-        im_q, im_k = random_view.two_views(images, draws[:, rank::world])  # (N, 3, S, S) each
+        samples = index
         if args.symmetric:  # each view is the query once: N doubles from here on
             im_q, im_k = torch.cat([im_q, im_k]), torch.cat([im_k, im_q])
-            index = torch.cat([index, index])
+            samples = torch.cat([index, index])
 
         # InfoNCE + ProtoNCE
         with autocast(args):
             q, k, c, features = network(im_q, im_k, clusters is not None)  # (N, D) each
         loss_inst, acc_inst = info_nce(q, k, model.queue, args.temperature)
-        loss_proto = acc_proto = torch.zeros_like(acc_inst)
-        if clusters is not None:
-            samples = index.to(args.device, non_blocking=True)
+        if clusters is None:
+            loss_proto = acc_proto = torch.zeros_like(acc_inst)
+        else:
+            samples = samples.to(args.device, non_blocking=True)
             loss_proto, acc_proto = proto_nce(c, samples, clusters, args.pcl_r)
         loss = loss_inst + loss_proto
 
@@ -149,9 +150,8 @@ def train_one_epoch(run, network, loader, random_view, keys, stop):
             "acc_proto": acc_proto,
             "grad_norm": grad_norm,
         }
-        n = len(images)  # with --symmetric, the second half repeats the samples of the first
-        # a copy of the index, because a tensor from a loader worker keeps a file open
-        pending.append((index[:n].clone(), features[:n], figures))
+        # with --symmetric, the second half repeats the images of the first
+        pending.append((index, features[: len(index)], figures))
         is_slow = time.time() - start > run.step - first_step
         if len(pending) == SYNC_EVERY or is_slow:
             collect_results(run, pending, keys)
@@ -161,6 +161,51 @@ def train_one_epoch(run, network, loader, random_view, keys, stop):
     collect_results(run, pending, keys)
     run.seconds += time.time() - start
     share_results(run)
+
+
+def views_of_steps(run, loader, random_view):
+    """Yield the images of each step from `run.step` on: index (N,), im_q and im_k (N, 3, S, S).
+
+    The views of `steps_at_once` steps are made in one go. A run that is resumed in the middle of
+    such a group makes the whole group again, and so continues with the same views.
+    """
+    args = run.args
+    rank, world = get_rank_and_world()
+    at_once = steps_at_once(args, loader.dataset)
+    first_step = run.step
+    step = first_step - first_step % at_once
+    loader.sampler.set_epoch(run.epoch, step)
+    loader.dataset.set_epoch(run.epoch)
+
+    batches = iter(loader)
+    while True:
+        group = list(itertools.islice(batches, at_once))
+        if not group:
+            return
+        # every rank draws for the whole batch and keeps its own share
+        seeds = [derive_seed(args.seed, run.epoch, step + i) for i in range(len(group))]
+        draws = torch.cat([RandomView.draw(args.batch_size, seed) for seed in seeds], 1)
+        images = torch.cat([images.to(args.device, non_blocking=True) for images, _ in group])
+        im_q, im_k = random_view.two_views(images, draws[:, rank::world])
+        # copied, because a tensor from a loader worker keeps a file open
+        index = torch.cat([index for _, index in group])
+
+        parts = [tensor.chunk(len(group)) for tensor in (index, im_q, im_k)]
+        for of_a_step in zip(*parts, strict=True):
+            if step >= first_step:
+                yield of_a_step
+            step += 1
+
+
+def steps_at_once(args, images):
+    """The number of steps whose views are made in one go.
+
+    On a GPU, calls for a few small images take longer than their arithmetic. Other images come one
+    batch at a time: a CPU gains nothing, and photographs arrive from the loader's workers.
+    """
+    if args.device == "cpu" or images.pixels is None:
+        return 1
+    return max(1, PIXELS_AT_ONCE // (args.batch_size * args.image_size**2))
 
 
 def show_progress(run, bar, steps, steps_done):
@@ -193,18 +238,20 @@ def collect_results(run, pending, keys):
     keys: directory to save the features in, or None.
     Ends the program if the run has diverged.
     """
+    if not pending:
+        return
     first_step = run.step - len(pending)
-    for step, (_, _, figures) in enumerate(pending, first_step):
-        values = torch.stack(list(figures.values())).tolist()  # the host waits for the device here
-        figures = dict(zip(figures, values, strict=True))
+    names = list(pending[0][2])
+    scalars = torch.stack([figures[name] for _, _, figures in pending for name in names])
+    rows = scalars.view(len(pending), len(names)).tolist()  # the host waits for the device here
+    for step, values in enumerate(rows, first_step):
+        figures = dict(zip(names, values, strict=True))
         stop_if_diverged(run, step, figures)
         for name, value in figures.items():
             if not math.isfinite(value):  # the gradient norm of a step that the scaler skipped
                 value = 0.0
             run.totals[name] = run.totals.get(name, 0.0) + value
 
-    if not pending:
-        return
     features = torch.cat([features for _, features, _ in pending])
     run.totals["moments"] = run.totals.get("moments", 0.0) + moments(features).cpu()
     if keys is not None:
@@ -373,8 +420,6 @@ def train(run, datasets, stop):
             unused = run.model.cluster_head_parameters() if epoch < args.warmup else ()
             network = distributed.data_parallel(run.model, unused)
         keys = clear_keys(run) if args.features == "keys" and e_step_follows else None
-        loader.sampler.set_epoch(epoch, run.step)
-        datasets.train.set_epoch(epoch)
         train_one_epoch(run, network, loader, random_view, keys, stop)
         image_files.share_broken_images(directory, datasets)
         stop.exit_if_received(save)

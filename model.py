@@ -97,9 +97,10 @@ class MoCo(nn.Module):
         q = _unit(z_q)
         k = _unit(z_k)
         c = q  # a head on the query side goes here
+        features = self._features_to_cluster(k)
         if clustering and self.cluster_head == "report":
             k = _unit(self.v(k))
-        return q, k, c, self._features_to_cluster(z_k)
+        return q, k, c, features
 
     @torch.no_grad()
     def encode(self, images):
@@ -109,16 +110,16 @@ class MoCo(nn.Module):
         """
         was_training = self.training
         self.eval()
-        features = self._features_to_cluster(self.encoder_k(images))
+        features = self._features_to_cluster(_unit(self.encoder_k(images)))
         self.train(was_training)
         return features
 
     @torch.no_grad()
-    def _features_to_cluster(self, z_k):
-        """The key encoder's output (N, D) -> (N, D) float32 unit rows in the prototypes' space."""
+    def _features_to_cluster(self, k):
+        """The key encoder's output as unit rows (N, D) -> unit rows in the prototypes' space."""
         if self.cluster_head == "report":
-            z_k = self.v(_unit(z_k))
-        return _unit(z_k)
+            return _unit(self.v(k))
+        return k
 
     def cluster_head_parameters(self):
         """Names of the parameters outside the encoders. During the warm-up they are not used."""
@@ -158,18 +159,26 @@ class MoCo(nn.Module):
         if groups == 1:
             return images, slice(None)
 
-        # shuffle within each group, then take one image of each group in turn; on the host, because
-        # these are few numbers
-        size = n // self.bn_splits  # images in a group
-        order = torch.rand(groups, size).argsort(1)
-        order += torch.arange(groups)[:, None] * size
-        order = order.T.flatten().to(images.device, non_blocking=True)
+        # The orders are drawn on the host, because they are few numbers. Rank 0's hold for all.
+        orders = deal_out(groups, n // self.bn_splits).to(images.device, non_blocking=True)
         if world > 1:
-            dist.broadcast(order, 0)
+            dist.broadcast(orders, 0)
             if torch.is_autocast_enabled(images.device.type):  # half as much to send
                 images = images.to(torch.get_autocast_dtype(images.device.type))
-        share = order.view(world, n)[rank]
-        return concat_all_gather(images)[share], order.argsort().view(world, n)[rank]
+        share, own_rows = orders.view(2, world, n)[:, rank]
+        return concat_all_gather(images)[share], own_rows
+
+
+def deal_out(groups, size):
+    """A random order of groups * size rows that deals those of each group out over all groups.
+
+    The rows of a group are shuffled; then one row of each group comes in turn.
+    Returns (2, groups * size) on the CPU: the order, and its inverse.
+    """
+    order = torch.rand(groups, size).argsort(1)
+    order += torch.arange(groups)[:, None] * size
+    order = order.T.flatten()
+    return torch.stack([order, order.argsort()])
 
 
 # -- encoders --------------------------------------------------------------------------------------

@@ -91,18 +91,18 @@ def test_a_stopped_run_resumes(folder, tmp_path, monkeypatch):
 
 def test_the_host_waits_for_the_device_only_to_collect_results(folder, tmp_path, monkeypatch):
     collect_results = main_pcl.collect_results
-    two_views = RandomView.two_views
+    learning_rate = main_pcl.learning_rate
 
     def allowed_to_wait(*args):
         torch.cuda.set_sync_debug_mode("default")
         return collect_results(*args)
 
-    def beginning_of_a_step(self, *args):
+    def beginning_of_a_step(*args):
         torch.cuda.set_sync_debug_mode("error")
-        return two_views(self, *args)
+        return learning_rate(*args)
 
     monkeypatch.setattr(main_pcl, "collect_results", allowed_to_wait)
-    monkeypatch.setattr(RandomView, "two_views", beginning_of_a_step)
+    monkeypatch.setattr(main_pcl, "learning_rate", beginning_of_a_step)
     options = ["-b", 4, "--bn-splits", 2, "--epochs", 2, "--warmup", 0]
     options += ["--amp", "--amp-dtype", "bf16", "--exp-dir", tmp_path]
     log = run(folder, *TINY, *options)  # 12 steps per epoch, with prototypes
