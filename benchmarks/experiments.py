@@ -177,8 +177,15 @@ class HeadB(main_pcl.MoCo):
             model.move_running_statistics(self.norms)
         return unit(z_q), unit(z_k), unit(b_q), self._features_to_cluster((z_k, b_k))
 
+    @torch.no_grad()
+    def encode(self, images):
+        self.eval()
+        features = self._features_to_cluster(self.encoder_k(images))
+        self.train()
+        return features
+
     def _features_to_cluster(self, outputs):
-        """outputs: of the key encoder's two heads. `encode` calls this as well."""
+        """outputs: of the key encoder's two heads."""
         z_k, b_k = outputs
         if self.kind == "predictor":
             return unit(z_k)

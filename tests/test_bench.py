@@ -155,7 +155,7 @@ def test_without_a_gpu_the_benchmark_says_so_in_one_line(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_the_profile_counts_ten_steps_of_the_second_epoch(monkeypatch):
+def test_the_profile_counts_whole_groups_of_steps_of_the_second_epoch(monkeypatch):
     """With a profiler that notes how many steps were done when it is started and stopped."""
     event = SimpleNamespace(device_type=DeviceType.CUDA, self_device_time_total=500.0)
     on_host = SimpleNamespace(device_type=DeviceType.CPU, self_device_time_total=9.0)
@@ -166,13 +166,13 @@ def test_the_profile_counts_ten_steps_of_the_second_epoch(monkeypatch):
         def __init__(self, activities):
             self.start = lambda: calls.append(("start", len(losses)))
             self.stop = lambda: calls.append(("stop", len(losses)))
-            self.events = lambda: [event, on_host] * 40
+            self.events = lambda: [event, on_host] * 128
 
     def two_epochs(batch, *flags):
-        for _ in range(2 * 50):
+        for _ in range(2 * 70):
             losses.append(gpu.main_pcl.info_nce(1, 2))
 
-    datasets = SimpleNamespace(train=range(50 * 16))
+    datasets = SimpleNamespace(train=range(70 * 16))
     monkeypatch.setattr(gpu, "profile", Profiler)
     monkeypatch.setattr(gpu, "train", two_epochs)
     monkeypatch.setattr(gpu, "synchronize", lambda: None)
@@ -180,6 +180,6 @@ def test_the_profile_counts_ten_steps_of_the_second_epoch(monkeypatch):
     monkeypatch.setattr(gpu.main_pcl, "build_datasets", lambda: datasets)
     monkeypatch.setattr(gpu.main_pcl, "info_nce", lambda *args: sum(args))
     assert gpu.profile_steps(16, "graphs") == (4, 2.0)
-    assert calls == [("start", 80), ("stop", 90)]
-    assert losses == [3] * 100
-    assert gpu.profile_steps(32, "graphs") is None  # 25 steps are too few
+    assert calls == [("start", 102), ("stop", 134)]
+    assert losses == [3] * 140
+    assert gpu.profile_steps(32, "graphs") is None  # 35 steps are too few
