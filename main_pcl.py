@@ -144,6 +144,7 @@ def train_one_epoch(run, network, loader, random_view, keys, stop):
         # keep the results on the device and look at them every SYNC_EVERY steps, or if steps take
         # more than a second, at every one
         figures = {
+            "loss": loss.detach(),
             "loss_inst": loss_inst.detach(),
             "loss_proto": loss_proto.detach(),
             "acc_inst": acc_inst,
@@ -213,7 +214,7 @@ def show_progress(run, bar, steps, steps_done):
 
     bar: the epoch's Progress. steps: of an epoch. steps_done: those that the bar has counted.
     """
-    mean_loss = (run.totals["loss_inst"] + run.totals["loss_proto"]) / run.step
+    mean_loss = run.totals["loss"] / run.step
     steps_left = (run.args.epochs - run.epoch) * steps - run.step
     seconds_left = bar.say(f"loss {mean_loss:.3f}", steps_left / steps_done)
     if run.epoch == 0 and bar.first_minute_ends():
@@ -277,7 +278,7 @@ def stop_if_diverged(run, step, figures):
 
     With a gradient scaler, a few steps in a row may overflow: the scaler skips them.
     """
-    loss = figures["loss_inst"] + figures["loss_proto"]
+    loss = figures["loss"]
     if math.isfinite(figures["grad_norm"]):
         run.skipped_in_a_row = 0
     else:
@@ -475,11 +476,10 @@ def summarize_epoch(run, steps, knn):
 
     knn: kNN accuracy in percent, or None.
     """
-    row = {"epoch": run.epoch, "loss": 0.0}
+    row = {"epoch": run.epoch}
     for name, total in run.totals.items():
         if name != "moments":
             row[name] = total / steps
-    row["loss"] = row["loss_inst"] + row["loss_proto"]
     row["rank"] = effective_rank(run.totals["moments"])
     row["spread"] = spread(run.totals["moments"])
     row["lr"] = learning_rate(run.epoch + 1 - 1 / steps, run.args)  # of the last step

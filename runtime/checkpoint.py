@@ -35,7 +35,7 @@ FIXED_WITHIN_EPOCH = ("batch_size", "num_cluster")
 # arguments whose values are for one process: they suit one number of processes
 PER_PROCESS = ("workers", "bn_splits")
 # totals that report.py needs
-PRINTED = {"loss_inst", "loss_proto", "acc_inst", "acc_proto", "moments"}
+PRINTED = {"loss", "loss_inst", "loss_proto", "acc_inst", "acc_proto", "moments"}
 SAVED_APART = ("args", "model", "optimizer", "scaler")  # not in a checkpoint's entry "run"
 
 

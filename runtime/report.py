@@ -145,7 +145,10 @@ def draw_curves(path, rows, warmup, knn_untrained, start="untrained"):
     """
     if get_rank_and_world()[0] > 0:
         return
-    panels = {"loss": ("loss_inst", "loss_proto"), "accuracy (%)": ("acc_inst", "acc_proto")}
+    panels = {
+        "loss": tuple(name for name in rows[-1] if name.startswith("loss_")),
+        "accuracy (%)": tuple(name for name in rows[-1] if name.startswith("acc_")),
+    }
     has_knn = knn_untrained is not None or any(row["knn"] is not None for row in rows)
     if has_knn:
         panels["kNN accuracy (%)"] = ("knn",)
