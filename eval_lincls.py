@@ -49,6 +49,7 @@ from data import (
 )
 from features import extract_features
 from metrics import (
+    accuracy_by_frequency,
     agreement,
     default_k,
     draw_labels,
@@ -70,6 +71,7 @@ from runtime.distributed import get_rank_and_world, print_main
 
 EPOCHS = 100  # of the published probe
 DRAWS = 5  # random choices of few labels
+IMBALANCED = 10  # times as many images: rare classes get a figure of their own
 RAW_SIDE = 32  # pixels; the raw-pixel baseline shrinks larger images to this side
 TEMPERATURE = 0.2  # mean concentration of the clusters; it does not change them
 AGREEMENT = ("NMI", "AMI", "ARI", "acc")
@@ -619,6 +621,10 @@ def probes(train, val, datasets, scores, args):
         figures["linear"] = top_k(scores, val_labels, 1)
         if num_classes > 5:
             figures["top-5"] = top_k(scores, val_labels, 5)
+        counts = torch.bincount(labels, minlength=num_classes)
+        if counts.max() > IMBALANCED * counts.min():
+            for name, percent in accuracy_by_frequency(scores, val_labels, counts).items():
+                figures[f"linear, {name} classes"] = percent
 
     # few labels
     for amount in dict.fromkeys(args.labels):
@@ -926,12 +932,12 @@ def print_clusters(cells):
 
 def with_protocol(name, protocol):
     """The name of a figure with the protocol of its linear probe, such as "linear (moco)"."""
-    probe, comma, amount = name.partition(",")
+    probe, comma, part = name.partition(",")
     if probe not in ("linear", "top-5"):
         return name
-    if amount:
+    if part and not part.endswith("classes"):
         protocol = "fast"  # always, with few labels
-    return f"{probe} ({protocol}){comma}{amount}"
+    return f"{probe} ({protocol}){comma}{part}"
 
 
 if __name__ == "__main__":

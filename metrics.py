@@ -179,6 +179,24 @@ def top_k(scores, labels, k):
     return 100 * hits.float().mean().item()
 
 
+def accuracy_by_frequency(scores, labels, counts):
+    """Top-1 accuracy in percent of frequent, middle and rare classes, a third of the classes each.
+
+    Within a third every class counts the same, however many images `labels` has of it. Classes of
+    which it has none are left out, and so are thirds of such classes.
+
+    scores: (n, C). labels: (n,) int64. counts: (C,) the training images of each class.
+    Returns {"frequent": percent, "middle": percent, "rare": percent}.
+    """
+    hits = (scores.argmax(1) == labels).double()
+    images = torch.bincount(labels, minlength=len(counts))
+    recall = torch.bincount(labels, hits, minlength=len(counts)) / images  # nan if no images
+    order = counts.argsort(descending=True, stable=True)
+    thirds = zip(("frequent", "middle", "rare"), recall[order].tensor_split(3), strict=True)
+    means = {name: 100 * third.nanmean().item() for name, third in thirds}
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+
 def knn_accuracy(bank, bank_labels, queries, labels, k=None, temperature=0.1):
     """Top-1 accuracy in percent of a weighted kNN vote (Wu et al. 2018).
 

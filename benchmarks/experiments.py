@@ -12,8 +12,9 @@
     python benchmarks/experiments.py --table recipe
 
 Each data set has a letter: C is all of CIFAR-10; P is photographs, a part of it; F is clothes
-(Fashion-MNIST); D is the digits in assets/. experiments.ini lists the arms of each experiment, and
-the data sets it runs on.
+(Fashion-MNIST); D is the digits in assets/. L and M are long-tailed: 10,000 images of CIFAR-10 and
+of Fashion-MNIST, whose largest class has a hundred times as many as the smallest. experiments.ini
+lists the arms of each experiment, and the data sets it runs on.
 
 A run is identified by its command. Arms with the same command share one run, and a row of
 experiments.csv belongs to the arms with its command. If a run stops early because its loss is not
@@ -67,12 +68,19 @@ DATA_FLAGS = {
     "C": "--amp --cos -j 0",
     "P": SMALL_PHOTOGRAPHS,
     "F": SMALL_PHOTOGRAPHS,
+    "L": SMALL_PHOTOGRAPHS,
+    "M": SMALL_PHOTOGRAPHS,
     "D": "--amp --cos --epochs 200 --warmup 20",
 }
 CLASSES = 10  # every data set has ten
 
 # probes with few labels: a fraction of them, or a number per class (--labels of eval_lincls.py)
-FEW_LABELS = {"C": ["0.01"], "P": ["1", "5", "20"], "F": ["1", "5", "20"], "D": []}
+FEW_LABELS = {"C": ["0.01"], "P": ["1", "5", "20"], "F": ["1", "5", "20"]}
+
+# training images of each class: of P and F; of L and M, which are 10,000 as well
+BALANCED = [1000] * CLASSES
+LONG_TAILED = [round(4030 / 100 ** (i / 9)) for i in range(CLASSES)]
+HELD_OUT = [200] * CLASSES
 
 # experiments.csv
 FIGURES = ("linear", "knn", "nmi", "ami", "acc", "acc_inst", "acc_proto")
@@ -470,7 +478,7 @@ def run(row, places, runs):
     status = launch([*words, "--exp-dir", directory, "--resume"], output)
     if status == 0:
         evaluation = ["eval_lincls.py", "--exp-dir", directory, "--no-baselines"]
-        if FEW_LABELS[row["data"]]:
+        if row["data"] in FEW_LABELS:
             evaluation += ["--labels", *FEW_LABELS[row["data"]]]
         status = launch(evaluation, output)
     last_words = output.read_text()[-500:]
@@ -758,41 +766,46 @@ def draw_curve(ax, log, curve, color):
 
 
 # -- data ------------------------------------------------------------------------------------------
-def make_data(source, out):
-    """Write the first 1,000 training and 200 held-out images of each class to the folder `out`.
+def make_data(source, out, sizes):
+    """Write the first training images and 200 held-out images of each class to the folder `out`.
 
     source: a folder with train/CLASS/ and test/CLASS/, or with Fashion-MNIST's *-ubyte.gz.
+    sizes: the number of training images of each class.
     """
     try:
-        copy_images(source / "train", out / "train", 1000)
-        copy_images(source / "test", out / "test", 200)
+        copy_images(source / "train", out / "train", sizes)
+        copy_images(source / "test", out / "test", HELD_OUT)
         if not (source / "train").exists():
-            unpack_fashion_mnist(source, "train", out / "train", 1000)
+            unpack_fashion_mnist(source, "train", out / "train", sizes)
         if not (source / "test").exists():
-            unpack_fashion_mnist(source, "t10k", out / "test", 200)
+            unpack_fashion_mnist(source, "t10k", out / "test", HELD_OUT)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         cli.fail(f"cannot make data from {source}: {cli.format_error(error)}")
 
 
-def copy_images(source, out, n):
-    """Copy the first `n` files of each folder in `source`, if there is one, as they are."""
-    for folder in source.glob("*/"):
+def copy_images(source, out, sizes):
+    """Copy the first files of each folder in `source`, if there is one, as they are.
+
+    sizes: the number of files from each folder, in the order of their names.
+    """
+    folders = sorted(source.glob("*/"))
+    for folder, n in zip(folders, sizes[: len(folders)], strict=True):
         for path in sorted(folder.iterdir())[:n]:
             copied = out / folder.name / path.name
             copied.parent.mkdir(parents=True, exist_ok=True)
             copied.write_bytes(path.read_bytes())
 
 
-def unpack_fashion_mnist(source, stem, out, n):
-    """Write the first `n` images of each class as PNG files.
+def unpack_fashion_mnist(source, stem, out, sizes):
+    """Write the first images of each class as PNG files.
 
-    stem: how the names of the two files in `source` begin.
+    stem: how the names of the two files in `source` begin. sizes: the number from each class.
     """
     images = gzip.decompress((source / f"{stem}-images-idx3-ubyte.gz").read_bytes())
     labels = gzip.decompress((source / f"{stem}-labels-idx1-ubyte.gz").read_bytes())
     images = np.frombuffer(images, np.uint8)[16:].reshape(-1, 28, 28)  # after a header
     labels = np.frombuffer(labels, np.uint8)[8:]
-    for label in range(CLASSES):
+    for label, n in enumerate(sizes):
         for i in np.flatnonzero(labels == label)[:n]:
             path = out / str(label) / f"{i:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -833,7 +846,7 @@ def read_places(words):
     for word in words:
         letter, _, place = word.partition("=")
         if letter not in DATA_FLAGS:
-            cli.fail(f"--data {word}: no data set is called {letter!r}; write P=DIR, F=DIR or D")
+            cli.fail(f"--data {word}: no data set is called {letter!r}; write LETTER=DIR, or D")
         if letter in places:
             cli.fail(f"--data names {letter} twice")
         if letter == "D" and word != "D":
@@ -972,6 +985,7 @@ def get_parser():
         help="make P or F in DIR and do nothing else; SOURCE is a folder with train/CLASS/ and "
         "test/CLASS/, or with Fashion-MNIST's four *-ubyte.gz",
     )
+    add("--long-tailed", action="store_true", help="with --make-data: make L or M instead")
     return parser
 
 
@@ -985,7 +999,7 @@ def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.make_data:
-        make_data(*args.make_data)
+        make_data(*args.make_data, LONG_TAILED if args.long_tailed else BALANCED)
         return 0
     if not args.experiments:
         parser.print_help()

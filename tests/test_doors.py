@@ -52,10 +52,11 @@ def train_and_evaluate(copy, words):
             del sys.modules[name]
     os.chdir(copy)
     sys.path.insert(0, str(copy))
+    from conftest import take_shortcuts
+
     import eval_lincls
     import main_pcl
     from augment import CHANCES
-    from conftest import take_shortcuts
 
     assert Path(main_pcl.__file__).parent == copy
     take_shortcuts(setattr)

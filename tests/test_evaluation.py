@@ -66,6 +66,25 @@ def finished(runs, tmp_path):
     return shutil.copytree(runs[0], tmp_path / "run")
 
 
+# -- what is shown ---------------------------------------------------------------------------------
+def test_rare_classes_have_figures_of_their_own(finished, folder, tmp_path, capsys):
+    """If a class has more than ten times as many training images as another."""
+    tailed = shutil.copytree(folder, tmp_path / "tailed")
+    for label in ("class 1", "class 2"):
+        for path in list((tailed / "train" / label).iterdir())[1:]:
+            path.unlink()
+    figures = evaluate(tailed, "--exp-dir", finished, *FAST)["trained"]
+    names = ["frequent", "middle", "rare"]
+    thirds = [figures[f"linear, {name} classes"] for name in names]
+    assert statistics.mean(thirds) == pytest.approx(figures["linear"])  # held-out classes are equal
+    output = capsys.readouterr().out
+    for name in names:
+        assert f"linear (fast), {name} classes" in output
+
+    balanced = evaluate(folder, "--exp-dir", finished, *FAST)["trained"]
+    assert not any("classes" in name for name in balanced)
+
+
 # -- what cannot be written ------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["eval.json", "map.png", "probe.pth.tar"])
 def test_the_table_is_shown_if_a_result_cannot_be_written(finished, capsys, monkeypatch, name):

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import itertools
 import json
 import shutil
 import subprocess
@@ -528,3 +529,27 @@ def test_data_is_the_first_images_of_each_class(tmp_path):
     assert len(f.train) == 30
     assert len(f.val) == 10
     assert f.fingerprint == p.fingerprint
+
+
+def test_long_tailed_classes_fall_by_a_factor_of_a_hundred(tmp_path):
+    sizes = experiments.LONG_TAILED
+    assert sum(sizes) == 10_000
+    assert sizes[0] / sizes[-1] == pytest.approx(100, rel=0.01)
+    ratios = [larger / smaller for larger, smaller in itertools.pairwise(sizes)]
+    assert ratios == pytest.approx([100 ** (1 / 9)] * 9, rel=0.02)
+
+    for part, n in (("train", 450), ("test", 3)):
+        for label in "ab":
+            directory = tmp_path / "all" / part / label
+            directory.mkdir(parents=True)
+            for i in range(n):
+                (directory / f"{i:04}.png").touch()
+    tailed = tmp_path / "tailed"
+    words = ["--make-data", str(tmp_path / "all"), str(tailed), "--long-tailed"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "LONG_TAILED", [400, 4])
+        experiments.main(words)
+    assert len(list(tailed.glob("train/a/*"))) == 400
+    assert sorted(path.name for path in tailed.glob("train/b/*"))[-1] == "0003.png"
+    assert len(list(tailed.glob("train/b/*"))) == 4
+    assert len(list(tailed.glob("test/*/*"))) == 6

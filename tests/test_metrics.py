@@ -10,9 +10,41 @@ from sklearn import metrics as sklearn_metrics
 from sklearn.linear_model import LogisticRegression
 
 import metrics
-from metrics import agreement, draw_labels, knn_accuracy, linear_probe, logistic_regression, top_k
+from metrics import (
+    accuracy_by_frequency,
+    agreement,
+    draw_labels,
+    knn_accuracy,
+    linear_probe,
+    logistic_regression,
+    top_k,
+)
 
 pytestmark = pytest.mark.no_shortcuts
+
+
+def test_accuracy_by_frequency_is_a_mean_over_the_classes_of_a_third():
+    torch.manual_seed(0)
+    counts = torch.tensor([5, 900, 40, 300, 2, 70, 8])  # images of each class in training
+    labels = torch.randint(7, (200,))
+    labels[labels == 2] = 3  # none of class 2, which is in the middle third
+    scores = torch.randn(200, 7)
+    scores[range(200), labels] += 1
+
+    def recall(classes):
+        found = []
+        for label in classes:
+            predictions = [scores[i].argmax().item() for i in range(200) if labels[i] == label]
+            found.append(sum(p == label for p in predictions) / len(predictions))
+        return pytest.approx(100 * sum(found) / len(found))
+
+    found = accuracy_by_frequency(scores, labels, counts)
+    assert found == {"frequent": recall([1, 3, 5]), "middle": recall([6]), "rare": recall([0, 4])}
+
+    # a third without images, and fewer than three classes
+    assert accuracy_by_frequency(scores, torch.full((200,), 1), counts).keys() == {"frequent"}
+    two = accuracy_by_frequency(scores[:, :2], labels.clamp(max=1), counts[:2])
+    assert two.keys() == {"frequent", "middle"}
 
 
 def test_knn_accuracy_matches_its_formula():
