@@ -326,6 +326,10 @@ def find_patch(name):
         import peers  # needs lightly
 
         patches = peers.PATCHES
+    elif name.startswith("small-"):
+        import small_crops
+
+        patches = small_crops.PATCHES
     elif name == "published":
         import published
 
@@ -928,7 +932,7 @@ def get_parser():
     """The parser of all flags but --patched, which stands alone."""
     epilog = ["experiments:"]
     epilog += [f"  {name:<11} {x['question']}" for name, x in EXPERIMENTS.items()]
-    epilog += ["", "patches, besides those in peers.py and published.py:"]
+    epilog += ["", "patches, besides those in peers.py, published.py and small_crops.py:"]
     epilog.append(textwrap.indent(textwrap.fill(", ".join(PATCHES), 78), "  "))
     parser = cli.Parser(__doc__, epilog="\n".join(epilog))
     add = parser.add_argument

@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import experiments
+import small_crops
 
 import eval_lincls
 import loss
 import main_pcl
 import model
+from augment import STD, RandomView
 from cluster import Clusters
 
 
@@ -59,8 +61,8 @@ def test_every_arm_has_a_command_of_its_own_that_the_program_takes(name):
         main_pcl.get_parser().parse_args(flags.split())
         if script:
             for patch in script.split()[-1].split(","):
-                elsewhere = patch.startswith("lightly-") or patch == "published"
-                assert elsewhere or patch in experiments.PATCHES
+                if not patch.startswith("lightly-") and patch != "published":
+                    experiments.find_patch(patch)  # ends the program if there is none
         assert len(experiments.directory_of(command, Path()).name) < 255
 
 
@@ -119,6 +121,61 @@ def test_a_head_b_is_where_it_should_be(name, patch):
     torch.optim.SGD([p for p in moco.parameters() if p.requires_grad], 1.0).step()
     moco.momentum_update_key_encoder()
     assert not torch.equal(moco.encoder_k.fc[0].b[0].weight, before)
+
+
+SMALL_CROPS = ("small-views", "small-queries", "small-samples")
+
+
+def test_small_crops_train_in_the_program(folder, tmp_path, patch):
+    for name in SMALL_CROPS:
+        patch(name)
+    run(folder, *TINY, "--warmup", "1", "--epochs", "2", "--exp-dir", tmp_path)
+    assert state(tmp_path)["log"][1]["loss_proto"] > 0
+
+
+def test_small_crops_are_further_queries(patch):
+    for name in SMALL_CROPS:
+        patch(name)
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    draws = main_pcl.RandomView.draw(8, seed=0)
+    im_q, im_k = main_pcl.RandomView(32).two_views(images, draws)
+    expected = RandomView(32).two_views(images, draws)
+    view, crops = small_crops.unpack(im_q)
+    assert torch.equal(view, expected[0])
+    assert torch.equal(im_k[..., :32], expected[1])
+    assert crops.shape == (16, 3, 18, 18)
+
+    # the crops belong to the keys of their images, which enter the queue once
+    moco = tiny_moco().eval()
+    q, k, c, features = moco(im_q, im_k)
+    with torch.no_grad():
+        torch.testing.assert_close(q[8:], F.normalize(moco.encoder_q(crops)))
+    torch.testing.assert_close(q, c)
+    assert torch.equal(k, features.repeat(3, 1))
+    moco.dequeue_and_enqueue(k)
+    assert torch.equal(moco.queue.T, features)
+
+    clusters = eight_clusters()
+    value, _ = main_pcl.proto_nce(c, torch.arange(8), clusters, 8)
+    expected, _ = loss.proto_nce(c, torch.arange(24) % 8, clusters, 8)
+    assert torch.equal(value, expected)
+
+
+def test_small_crops_show_little_of_the_image(patch):
+    """The area that a crop shows, measured with images whose red and green are coordinates."""
+    patch("small-views")
+    ramp = torch.arange(64).expand(64, 64) * 4
+    images = torch.stack([ramp, ramp.T, torch.zeros(64, 64)]).byte().expand(400, 3, 64, 64)
+    settings = {"color_jitter": False, "grayscale": False, "blur": False, "flip": False}
+    draws = main_pcl.RandomView.draw(400, seed=0)
+    im_q, _ = main_pcl.RandomView(64, **settings).two_views(images, draws)
+    _, crops = small_crops.unpack(im_q)
+    spread = crops.amax((2, 3)) - crops.amin((2, 3))  # normalised
+    sides = spread[:, :2] * torch.tensor(STD[:2]) * 255 / 4 * 18 / 17 / 64
+    area = sides.prod(1)
+    assert area.min() > 0.05 * 0.8
+    assert area.max() < 0.3 * 1.2
+    assert area.mean().item() == pytest.approx((0.05 + 0.3) / 2, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["MoCo", "SimCLR", "BYOL", "SwAV", "NNCLR"])
