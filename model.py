@@ -11,6 +11,7 @@ head ã, its momentum copy; the optional cluster head b takes the keys.
 """
 
 import copy
+import difflib
 import functools
 import re
 
@@ -29,6 +30,7 @@ BLOCKS = {  # depth: residual blocks in each of the four stages
     101: [3, 4, 23, 3],
     152: [3, 8, 36, 3],
 }
+RESNET = re.compile(rf"resnet({'|'.join(map(str, BLOCKS))})(?:_w([1-9][0-9]{{0,4}}))?")
 
 
 class MoCo(nn.Module):
@@ -40,9 +42,9 @@ class MoCo(nn.Module):
     cluster_head: "none", PCL as published; "report", head b of the lab report in results/README.md:
         one Linear and ReLU on the keys, whose output replaces them in InfoNCE, in the queue and in
         the features to cluster.
-    bn_splits: groups of this process's batch with their own batch-norm statistics. The keys are
-        shuffled between the groups of all processes, so that a key's statistics do not reveal its
-        query.
+    bn_splits: groups of this process's batch with their own batch-norm statistics, if the encoder's
+        batch norm is SplitBatchNorm2d. The keys are shuffled between the groups of all processes,
+        so that a key's statistics do not reveal its query.
     The buffer `queue` is (D, R) with unit columns.
     """
 
@@ -126,6 +128,21 @@ class MoCo(nn.Module):
         names = [name for name, _ in self.named_parameters()]
         return [name for name in names if not name.startswith(("encoder_q.", "encoder_k."))]
 
+    def no_weight_decay(self):
+        """Names of the parameters, such as positions, that a network of timm spares weight decay.
+
+        timm's optimizers ask for them. They spare biases and norms in any case.
+        """
+        network = getattr(self.encoder_q, "network", None)
+        if not hasattr(network, "no_weight_decay"):
+            return set()
+        return {f"encoder_q.network.{name}" for name in network.no_weight_decay()}
+
+    def has_other_batch_norm(self):
+        """Whether there is batch norm that `bn_splits` does not reach, as in networks of timm."""
+        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+        return len(norms) > len(self.norms)
+
     @torch.no_grad()
     def momentum_update_key_encoder(self):
         """Key encoder <- m * key encoder + (1 - m) * query encoder (MoCo, eq. 2).
@@ -182,22 +199,32 @@ def deal_out(groups, size):
 
 
 # -- encoders --------------------------------------------------------------------------------------
-def build_encoder(arch, num_classes=128, small_images=False, norm_layer=None):
-    """The ResNet named `arch` in torchvision: images (N, 3, H, W) -> (N, num_classes).
+def build_encoder(arch, num_classes=128, small_images=False, norm_layer=None, image_size=224):
+    """The network named `arch`: images (N, 3, H, W) -> (N, num_classes). Its last layer is `.fc`.
 
-    Its last layer is `.fc`. `resnet18_w16` has 16 channels in its first stage instead of 64.
-    small_images: a stem for images of about 32 pixels, see WidthResNet.
-    Raises ValueError if the name is unknown.
+    resnet18, resnet34, ... are torchvision's; `resnet18_w16` has 16 channels in its first stage
+    instead of 64. Every other name is timm's, see TimmEncoder.
+    small_images: a stem for images of about 32 pixels, see WidthResNet. norm_layer: in place of
+        batch norm. Both are for our ResNets alone.
+    image_size: side of the images in pixels. It is for timm's networks alone.
+    Raises ValueError if the name is unknown, or if the network cannot take such images.
     """
-    depths = "|".join(str(depth) for depth in BLOCKS)
-    known = re.fullmatch(rf"resnet({depths})(?:_w([1-9][0-9]*))?", arch)
+    known = RESNET.fullmatch(arch)
     if not known:
-        names = ", ".join(f"resnet{depth}" for depth in BLOCKS)
-        raise ValueError(f"unknown arch {arch}; choose one of {names}, or a width as resnet18_w16")
+        return TimmEncoder(arch, num_classes, image_size)
     depth = int(known[1])
     width = int(known[2] or 64)
     block = BasicBlock if depth < 50 else Bottleneck
     return WidthResNet(block, BLOCKS[depth], num_classes, width, small_images, norm_layer)
+
+
+def is_timm(arch):
+    """Whether `arch` is a network of timm. Names of our ResNets are not, though timm has some."""
+    if RESNET.fullmatch(arch):
+        return False
+    import timm  # here, because the import takes a second
+
+    return timm.is_model(arch)
 
 
 def backbone(encoder):
@@ -230,8 +257,8 @@ class WidthResNet(ResNet):
         self.fc = nn.Linear(8 * width * block.expansion, num_classes)
 
     def forward(self, x):
-        if self.width < NARROW and x.device.type == "cpu":
-            x = x.clone(memory_format=torch.contiguous_format)
+        if self.width < NARROW:
+            x = channels_first_on_cpu(x)
         return super().forward(x)
 
     def _apply(self, fn, recurse=True):
@@ -239,14 +266,79 @@ class WidthResNet(ResNet):
         super()._apply(fn, recurse)
         if self.width < NARROW:
             for weight in self.parameters():
-                if weight.device.type == "cpu":
-                    weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+                weight.data = channels_first_on_cpu(weight.data)
         return self
 
     def _make_layer(self, block, planes, blocks, **kwargs):
         if planes == 64:  # the first stage takes the stem's output
             self.inplanes = self.width
         return super()._make_layer(block, planes * self.width // 64, blocks, **kwargs)
+
+
+class TimmEncoder(nn.Module):
+    """timm's network named `arch`, untrained and without a classifier, and `.fc` on its features.
+
+    image_size: side of the images in pixels. The weights of some networks, such as a ViT's
+        positions, depend on it.
+    The attribute `timm_options` holds the arguments with which timm.create_model makes the network.
+    On a CPU, it runs channels first, because some of these networks are narrow (see WidthResNet).
+    Raises ValueError if timm has no such network, or if it has no pooled features of such images.
+    """
+
+    def __init__(self, arch, num_classes, image_size):
+        super().__init__()
+        import timm
+
+        if not timm.is_model(arch):
+            raise ValueError(describe_unknown(arch, timm.list_models()))
+        self.timm_options = {"num_classes": 0}
+        layout = {"memory_format": torch.channels_last}
+        try:
+            # timm: "if fixed_input_size exists and is True, model takes an img_size arg that fixes
+            # its input size"
+            if timm.get_pretrained_cfg(arch).fixed_input_size:
+                self.timm_options["img_size"] = image_size
+            # a pass without memory or arithmetic: does the network work with such images, and how
+            # many features has it? No attribute says so for every network
+            with torch.device("meta"):
+                trial = timm.create_model(arch, **self.timm_options).to(**layout)
+                features = trial(torch.empty(2, 3, image_size, image_size).to(**layout))
+            _, num_features = features.shape
+        except Exception as error:  # networks refuse an image size with any error
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+            raise ValueError(
+                f"{arch} of timm gives no pooled features of images of {image_size} pixels; choose "
+                f"another --arch or --image-size ({reason})"
+            ) from error
+        self.network = timm.create_model(arch, **self.timm_options)
+        self.fc = nn.Linear(num_features, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.network(channels_first_on_cpu(x)))
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        for weight in self.parameters():
+            weight.data = channels_first_on_cpu(weight.data)
+        return self
+
+
+def describe_unknown(arch, names):
+    """What is wrong with the name `arch`, and which of timm's `names` are like it."""
+    resnets = ", ".join(f"resnet{depth}" for depth in BLOCKS)
+    close = difflib.get_close_matches(arch, names)
+    such_as = f", such as {', '.join(close)}" if close else ""
+    return (
+        f"unknown arch {arch}; choose one of {resnets}, or another width of these (resnet18_w16), "
+        f"or any network of timm's{such_as}"
+    )
+
+
+def channels_first_on_cpu(x):
+    """`x` channels first if it is on a CPU, otherwise as it is."""
+    if x.device.type == "cpu":
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 # -- faster steps on a GPU -------------------------------------------------------------------------
@@ -268,9 +360,13 @@ def capture_encoders(model, images, precision):
     precision: the autocast context of the passes, with cache_enabled=False.
     """
     for encoder in (model.encoder_q.train(), model.encoder_k.train()):
+        before = [buffer.clone() for buffer in encoder.buffers()]
         with precision, torch.set_grad_enabled(encoder is model.encoder_q):
             # six passes come first, because a compiled encoder is not settled before
             torch.cuda.make_graphed_callables(encoder, (images,), num_warmup_iters=6)
+        # in those passes, batch norm of timm's has moved its running statistics
+        for buffer, value in zip(encoder.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
 def _train_with(encoder, forward):

@@ -33,7 +33,7 @@ def test_full_width_is_torchvision(arch):
     assert shapes == {name: value.shape for name, value in theirs.items()}
 
 
-@pytest.mark.parametrize("arch", ["resnet19", "resnet18_w", "resnet18_w0", "vgg16"])
+@pytest.mark.parametrize("arch", ["resnet19", "resnet18_w", "resnet18_w0", "vgg15"])
 def test_unknown_arch(arch):
     with pytest.raises(ValueError, match="unknown arch"):
         build_encoder(arch)
