@@ -23,6 +23,7 @@ the held-out images.
 import runtime.start  # isort: skip  # noqa: F401  # first: Ctrl-C during the slow imports
 import argparse
 import fnmatch
+import functools
 import hashlib
 import itertools
 import json
@@ -99,7 +100,8 @@ def get_parser():
     add(
         "--pretrained",
         metavar="FILE",
-        help="evaluate a ResNet's checkpoint of any project; default: the checkpoint in --exp-dir",
+        help="evaluate this checkpoint of a run, or a ResNet's of any project; default: the "
+        "checkpoint in --exp-dir",
     )
     add(
         "--protocol",
@@ -133,8 +135,8 @@ def get_parser():
     add(
         "--export",
         metavar="FILE",
-        help="write the backbone under torchvision's names, for other code; FILE.safetensors also "
-        "holds arch, epoch, data and recipe; default: not written",
+        help="write the backbone under torchvision's or timm's names, for other code; "
+        "FILE.safetensors also holds arch, epoch, data and recipe; default: not written",
     )
     add(
         "--clusters",
@@ -309,7 +311,7 @@ def prepare(path, args, device, built):
     Returns a Subject. Ends the program in one line if something is missing or does not fit.
     """
     loaded = checkpoint.read(path)
-    found = weights.find_own(loaded) or weights.find_resnet(loaded, path)
+    found = weights.find(loaded, path)
     stored = {}  # the arguments of one of our runs
     if "run" in loaded and isinstance(loaded.get("args"), dict):
         stored = loaded["args"]
@@ -348,14 +350,14 @@ def prepare(path, args, device, built):
 
     # networks
     torch.manual_seed(args.seed)
-    encoder = build(found, path)
+    encoder = build(found, path, datasets.image_size, stored.get("image_size"))
     weights.load_backbone(encoder, found, path)
     networks = {"trained": backbone(encoder)}
     if args.baselines and datasets.has_labels:
         init = None
         if not args.pretrained:  # a file from elsewhere must not name another to read
             init = stored.get("init")
-        row, start, note = build_start(found, init, path)
+        row, start, note = build_start(found, init, path, datasets.image_size)
         header += note
         networks[row] = backbone(start)
         side = min(datasets.image_size, RAW_SIDE)
@@ -458,27 +460,42 @@ def one_per_class(datasets):
     return min(len(datasets.train), max(2, len(datasets.classes)))
 
 
-def build(found, path):
-    """A new encoder of the architecture of a weights.Found in the file `path`."""
+def build(found, path, image_size, trained_size=None):
+    """A new encoder for a weights.Found in the file `path`, and for images of `image_size` pixels.
+
+    trained_size: of the images that it was trained on, if that is known.
+    Ends the program in one line if the weights are not those of such an encoder.
+    """
+    make = functools.partial(
+        build_encoder, found.arch, small_images=found.small_images, image_size=image_size
+    )
+    advice = ""
+    if trained_size not in (None, image_size):
+        advice = f"; it was trained on {trained_size} pixels: leave out --image-size"
     try:
-        return build_encoder(found.arch, small_images=found.small_images)
+        with torch.device("meta"):  # without memory, because a file may name a network of any size
+            shapes = make()
+        weights.refuse_misfits(shapes, found, path, advice)
     except ValueError as error:
         cli.fail(f"{path}: {error}")
+    except RuntimeError:  # a network of the reader's own that has to look at its weights
+        pass
+    return make()
 
 
-def build_start(found, init, path):
+def build_start(found, init, path, image_size):
     """The network that training started from: an untrained one, or that of --init.
 
     found: the trained network. init: the file of --init, or None.
     Returns the name of its row in the table, the encoder, and a list of lines to print.
     """
-    start = build(found, path)
+    start = build(found, path, image_size)
     if not isinstance(init, str):
         return "untrained", start, []
     if not Path(init).is_file():
         note = f"note: {init}, which training started from, is gone; untrained weights stand in"
         return "untrained", start, [note]
-    weights.load_backbone(start, weights.find_resnet(checkpoint.read(init), init), init)
+    weights.load_backbone(start, weights.find(checkpoint.read(init), init), init)
     return "initial", start, []
 
 

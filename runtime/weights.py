@@ -1,4 +1,4 @@
-"""Weights of other projects: find a ResNet's backbone in a checkpoint, load it, export one."""
+"""Weights: find a run's backbone in a checkpoint, or any project's ResNet; load it, export one."""
 
 import re
 from pathlib import Path
@@ -17,6 +17,7 @@ DEEPEST = 8  # levels of nested dicts that are searched
 KEY_SIDE = re.compile(r"(?<![a-z])(k|key|momentum|teacher|ema|target)(?![a-z])", re.I)
 FIRST_BLOCK = re.compile(r"((?:.*[. ])?)(layer1|[0-9]+)\.0\.conv1\.weight", re.DOTALL)
 OWN_PREFIX = "module.encoder_q."
+TIMM_PREFIX = "network."  # of timm's weights in an encoder; in files they have timm's names
 # torchvision's children that have weights, in order
 TORCHVISION = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 
@@ -26,21 +27,31 @@ class Found(NamedTuple):
 
     arch: str  # name for build_encoder
     small_images: bool  # whether the stem is the small one
-    state: dict  # {torchvision's name: tensor}, without fc
+    state: dict  # {torchvision's or timm's name: tensor}, without fc
     where: str  # its place, for example "state_dict, under module.encoder_q."
 
 
 # -- finding ---------------------------------------------------------------------------------------
-def find_own(checkpoint):
-    """The query backbone of a run of this project with another network than a ResNet, or None.
+def find(checkpoint, path):
+    """The backbone in a checkpoint, as Found: that of a run of this project, or any ResNet.
 
-    ResNets are left to `find_resnet`, which reads their size off the weights: a name such as
-    resnet18_w9000000 in an untrusted file must not decide how much memory is used.
+    path: the checkpoint's file, for messages. Ends the program in one line if there is none.
     """
-    arch = checkpoint.get("arch")
+    return find_own(checkpoint) or find_resnet(checkpoint, path)
+
+
+def find_own(checkpoint):
+    """The query backbone of a run of this project, as its arguments describe it, or None.
+
+    The arguments are not to be trusted: `refuse_misfits` compares them with the weights.
+    """
+    args = checkpoint.get("args")
     tensors = checkpoint.get("state_dict")
-    is_own = "run" in checkpoint and isinstance(arch, str) and isinstance(tensors, dict)
-    if not is_own or arch.startswith("resnet"):
+    if "run" not in checkpoint or not isinstance(args, dict) or not isinstance(tensors, dict):
+        return None
+    arch = args.get("arch")
+    stem = args.get("stem")
+    if not isinstance(arch, str) or stem not in ("small", "imagenet"):
         return None
     state = {}
     for name, tensor in tensors.items():
@@ -48,8 +59,8 @@ def find_own(checkpoint):
             return None
         name_in_encoder = name.removeprefix(OWN_PREFIX)
         if name.startswith(OWN_PREFIX) and not name_in_encoder.startswith("fc."):
-            state[name_in_encoder] = tensor
-    return Found(arch, False, state, f"state_dict, under {OWN_PREFIX}")
+            state[name_in_encoder.removeprefix(TIMM_PREFIX)] = tensor
+    return Found(arch, stem == "small", state, f"state_dict, under {OWN_PREFIX}")
 
 
 def find_resnet(checkpoint, path):
@@ -164,6 +175,13 @@ def load_backbone(encoder, found, path):
     path: the checkpoint's file, for messages. Ends the program in one line if a weight is missing,
     unexpected or of another shape.
     """
+    refuse_misfits(encoder, found, path)
+    for name, tensor in state_without_fc(encoder).items():
+        tensor.copy_(found.state.get(name, tensor))
+
+
+def refuse_misfits(encoder, found, path, advice=""):
+    """End the program in one line, which ends in `advice`, if a Found does not fit `encoder`."""
     own = state_without_fc(encoder)
     wrong = []
     for name in {**own, **found.state}:
@@ -174,19 +192,23 @@ def load_backbone(encoder, found, path):
             wrong.append(f"{name[:80]} is {given}, not {wanted}")
     if wrong:
         message = f"{path} does not hold the weights of a {found.arch}: {', '.join(wrong[:3])}"
-        fail(format_error(message))
-    for name, tensor in own.items():
-        tensor.copy_(found.state.get(name, tensor))
+        fail(format_error(message + advice))
 
 
 def state_without_fc(encoder):
-    """The weights and buffers of `encoder` outside its `.fc`, {name: tensor}."""
-    state = encoder.state_dict()
-    return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    """The weights and buffers of `encoder` outside its `.fc`, under torchvision's or timm's names.
+
+    Returns {name: tensor}.
+    """
+    state = {}
+    for name, tensor in encoder.state_dict().items():
+        if not name.startswith("fc."):
+            state[name.removeprefix(TIMM_PREFIX)] = tensor
+    return state
 
 
 def export(path, encoder, arch, small_images, metadata=None):
-    """Write the backbone as {name: float32 tensor}; a ResNet's names are torchvision's.
+    """Write the backbone as {name: float32 tensor}, under torchvision's or timm's names.
 
     metadata: {name: text}, which a file whose name ends in .safetensors holds besides.
     Returns a line of Python that loads it. Raises OSError if `path` cannot be written.
@@ -194,18 +216,22 @@ def export(path, encoder, arch, small_images, metadata=None):
     state = {}
     for name, tensor in state_without_fc(encoder).items():
         state[name] = tensor.cpu().float().contiguous().clone()
-    is_torchvisions = arch.startswith("resnet") and "_w" not in arch and not small_images
     if Path(path).suffix == ".safetensors":
         # transformers refuses a file that does not name its format
         data = safetensors.torch.save(state, {"format": "pt", **(metadata or {})})
         write_atomically(Path(path), data)
-        if is_torchvisions:
-            return f'timm.create_model("{arch}", num_classes=0, checkpoint_path={str(path)!r})'
-        load = f"load_state_dict(safetensors.torch.load_file({str(path)!r}), strict=False)"
+        read = f"safetensors.torch.load_file({str(path)!r})"
     else:
         save_tensors(Path(path), state)
-        load = f"load_state_dict(torch.load({str(path)!r}), strict=False)"
-    if not is_torchvisions:
+        read = f"torch.load({str(path)!r})"
+
+    # how to load it
+    if hasattr(encoder, "timm_options"):
+        options = "".join(f", {name}={value}" for name, value in encoder.timm_options.items())
+        return f'timm.create_model("{arch}"{options}).load_state_dict({read})'
+    if not arch.startswith("resnet") or "_w" in arch or small_images:
         call = f'build_encoder("{arch}", small_images={small_images})'
-        return f"{call}.{load}  # build_encoder: model.py"
-    return f"torchvision.models.{arch}().{load}"
+        return f"{call}.load_state_dict({read}, strict=False)  # build_encoder: model.py"
+    if Path(path).suffix == ".safetensors":
+        return f'timm.create_model("{arch}", num_classes=0, checkpoint_path={str(path)!r})'
+    return f"torchvision.models.{arch}().load_state_dict({read}, strict=False)"
