@@ -179,7 +179,8 @@ def remedies(loss_inst, settings):
     )
     found.append(
         (
-            "more --bn-splits: batch-norm statistics reveal which key belongs to which query",
+            "more --bn-splits or, with a network of timm, more processes: batch-norm statistics "
+            "reveal which key belongs to which query",
             settings["bn_splits"] == 1,
         )
     )

@@ -57,7 +57,7 @@ from features import (
 )
 from loss import info_nce, proto_nce
 from metrics import effective_rank, knn_accuracy, moments, spread
-from model import MoCo, backbone, build_encoder, capture_encoders, compile_encoders
+from model import MoCo, backbone, build_encoder, capture_encoders, compile_encoders, is_timm
 from runtime import checkpoint, cli, distributed, image_files, report, weights
 from runtime.directory import check_writable, choose_directory, lock, write_args
 from runtime.distributed import get_rank_and_world, print_main
@@ -581,7 +581,7 @@ def learning_rate(progress, args):
 def build_optimizer(model, args):
     """The optimizer of --optim. SGD decays all weights, as published.
 
-    The others do not decay biases and batch norm.
+    The others do not decay biases and norms, nor what a network of timm excludes.
     """
     if args.optim == "sgd":
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -625,6 +625,9 @@ def fill_in_defaults(args, datasets, world, device):
     )
     defaults |= datasets.augmentation
     defaults["num_cluster"] = default_num_cluster(n)
+    if args.arch is not None and is_timm(args.arch):  # it has a stem and norms of its own
+        defaults["stem"] = "imagenet"
+        defaults["bn_splits"] = 1
     defaults["cuda_graphs"] = device == "cuda" and world == 1
     defaults["workers"] = min(8, max(1, (os.cpu_count() or 1) // world))
 
@@ -655,6 +658,13 @@ def check(args, n, world):
         args.batch_size % world,
         f"--batch-size {args.batch_size} is not a multiple of the {world} processes",
     )
+    of_timm = {"--stem": (args.stem, "imagenet"), "--bn-splits": (args.bn_splits, 1)}
+    for flag, (value, neutral) in of_timm.items():
+        refuse(
+            is_timm(args.arch) and value != neutral,
+            f"{flag} {value} is for resnet18 and the like, not for {args.arch} of timm; give "
+            f"{flag} {neutral}, or leave it out",
+        )
     local_batch = args.batch_size // world
     refuse(
         local_batch % args.bn_splits or local_batch < 2 * args.bn_splits,
@@ -687,14 +697,15 @@ def check_memory(args, local_batch):
 
     Only the largest tensors count, so a run that passes may still need too much.
     """
+    weights = 0
     try:
         with torch.device("meta"):  # shapes without memory
-            encoder = build_encoder(args.arch, args.low_dim)
+            encoder = build_encoder(args.arch, args.low_dim, image_size=args.image_size)
+        weights = sum(parameter.numel() for parameter in encoder.parameters())
     except ValueError as error:
         cli.fail(error)
-    except (RuntimeError, TypeError):  # sizes beyond 64 bits
-        cli.fail(f"{args.arch} is too wide for any machine")
-    weights = sum(parameter.numel() for parameter in encoder.parameters())
+    except RuntimeError:  # a network of the reader's own that has to look at its weights
+        pass
     numbers = {
         "--arch": 4 * weights,  # two encoders, gradients and momentum
         "--pcl-r and --low-dim": args.pcl_r * args.low_dim,  # the queue
@@ -781,19 +792,21 @@ def add_model_arguments(add):
         "-a",
         "--arch",
         help="resnet18, resnet34, resnet50, resnet101 or resnet152; resnet18_w16 has 16 channels "
-        "in its first stage, not 64; default: by image size",
+        "in its first stage, not 64; or any network of timm, such as convnext_nano or "
+        "vit_tiny_patch16_224, made for --image-size; for ViTs, try --optim adamw with a long "
+        "--lr-warmup; default: by image size",
     )
     add(
         "--init",
         metavar="FILE",
-        help="start from the ResNet weights in FILE, of any project; try it with few images; "
-        "default: random weights",
+        help="start from the weights in FILE: a run's checkpoint, or ResNet weights of any "
+        "project; try it with few images; default: random weights",
     )
     add(
         "--stem",
         choices=("small", "imagenet"),
         help="small: a 3x3 first convolution of stride 1 and no max-pool, which keeps the detail "
-        "of small images; default: small up to 64 pixels",
+        "of small images, in resnet18 and the like; default: small up to 64 pixels",
     )
     add(
         "--low-dim",
@@ -831,7 +844,7 @@ def add_model_arguments(add):
         "--bn-splits",
         type=cli.positive_int,
         help="groups per process with their own batch-norm statistics; more groups make it harder "
-        "to recognise the key of a query by them; default: by recipe",
+        "to recognise the key of a query by them; not for networks of timm; default: by recipe",
     )
     add(
         "--pcl-r",
@@ -1073,7 +1086,7 @@ def find_initial_weights(args):
     """The weights in --init, or None. Sets --arch and --stem to theirs unless they are given."""
     if not args.init:
         return None
-    init = weights.find_resnet(checkpoint.read(args.init), args.init)
+    init = weights.find(checkpoint.read(args.init), args.init)
     if args.arch is None:
         args.arch = init.arch
     if args.stem is None:
@@ -1085,7 +1098,12 @@ def find_initial_weights(args):
 def build_model(args, init):
     """The MoCo model on its device, its encoders starting from `init` if that is not None."""
     model = MoCo(
-        functools.partial(build_encoder, args.arch, small_images=args.stem == "small"),
+        functools.partial(
+            build_encoder,
+            args.arch,
+            small_images=args.stem == "small",
+            image_size=args.image_size,
+        ),
         dim=args.low_dim,
         r=args.pcl_r,
         m=args.moco_m,
@@ -1104,6 +1122,11 @@ def announce(run, datasets):
     where = "read as needed" if datasets.train.pixels is None else "in memory"
     print_main(f"images {where}, in {run.args.exp_dir}")
     print_main(", ".join(f"{name} {getattr(run.args, name)}" for name in ANNOUNCED))
+    if run.model.has_other_batch_norm():
+        print_main(
+            f"note: {run.args.arch} has batch norm of its own, which --bn-splits does not reach: "
+            "with one process, its statistics may reveal which key belongs to which query"
+        )
     n = len(datasets.train)
     settings = vars(run.args)
     for line in diagnose.expectations(n, datasets.labelled, settings, datasets.has_labels):
