@@ -11,6 +11,7 @@ import re
 import zipfile
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from runtime import directory as run_directory
@@ -314,6 +315,8 @@ def read(path):
     if not Path(path).is_file():
         fail(f"there is no file {path}")
     try:
+        if Path(path).suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path):
             entries = zipfile.ZipFile(path).infolist()
             if any(entry.compress_type for entry in entries):

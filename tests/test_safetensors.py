@@ -46,6 +46,23 @@ def test_timm_loads_an_exported_resnet(tmp_path, arch):
     torch.testing.assert_close(network(IMAGES), expected)
 
 
+def test_training_and_evaluation_start_from_such_a_file(folder, tmp_path, capsys):
+    encoder = build_encoder("resnet18_w4", small_images=True)
+    path = tmp_path / "a.safetensors"
+    export(path, encoder, "resnet18_w4", True)
+    run(folder, *TINY, "--init", path, "--epochs", 1, "--lr", 1e-9, "--exp-dir", tmp_path / "run")
+    trained = weights(tmp_path / "run")
+    torch.testing.assert_close(trained["module.encoder_q.conv1.weight"], encoder.conv1.weight)
+
+    evaluate(folder, "--pretrained", path, "--no-baselines", "--num-cluster", 4)
+    assert f"{path}" in capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as stop:
+        evaluate(folder, "--pretrained", path)
+    assert stop.value.code == 2
+    assert "is truncated or not a checkpoint" in capsys.readouterr().err
+
+
 def test_a_small_stem_loads_into_this_project_and_into_timm(tmp_path):
     encoder = build_encoder("resnet18", small_images=True).eval()
     expected = backbone(encoder)(IMAGES)
