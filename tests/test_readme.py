@@ -44,7 +44,8 @@ def is_edit(snippet):
 
 
 PYTHON = blocks(README, "python") + blocks(FINE_TUNING, "python")
-SNIPPETS = [snippet for snippet in PYTHON if not is_edit(snippet)]
+WITH_PANDAS = [snippet for snippet in PYTHON if "pandas" in snippet]
+SNIPPETS = [snippet for snippet in PYTHON if not is_edit(snippet) and snippet not in WITH_PANDAS]
 EDITS = [snippet for snippet in PYTHON if is_edit(snippet)]
 
 
@@ -59,6 +60,31 @@ def test_a_snippet_runs_as_it_stands(snippet, tmp_path, monkeypatch, capsys):
     exec(compile(snippet, "snippet", "exec"), {})
     if "resnet" in snippet and "MoCo" not in snippet:
         assert capsys.readouterr().out == "['fc.weight', 'fc.bias']\n"
+
+
+@pytest.mark.parametrize("snippet", WITH_PANDAS)
+def test_pandas_finds_what_the_comments_say(snippet, tmp_path, monkeypatch):
+    pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    rows = ["file,label,cluster_40,cosine_40,cluster_20,cosine_20"]
+    rows += [f"{i}.jpg,,{i % 3},0.{90 - i},{i % 2},0.{80 - i}" for i in range(10)]
+    rows.append("copy of 4.jpg,,1,0.86,0,0.76")
+    rows.append("like 5.jpg.jpg,,2,0.85,1,0.7")  # equal in one granularity alone
+    Path("clusters.csv").write_text("\n".join(rows))
+    export("resnet.safetensors", build_encoder("resnet50"), "resnet50", False)
+
+    names = {}
+    found = []
+    for line in snippet.splitlines():
+        if re.match(r"table[.\[]", line):
+            found.append(eval(line, names))
+        else:
+            exec(line, names)
+    largest, furthest, copies = found
+    assert largest.to_dict() == {0: 4, 1: 4, 2: 4}
+    assert list(furthest) == [f"{i}.jpg" for i in (9, 8, 7, 6, 5)]
+    assert list(copies) == ["copy of 4.jpg"]
+    assert Path("hub/model.safetensors").exists()
 
 
 def test_the_snippets_of_fine_tuning_load_exported_weights():
