@@ -37,7 +37,9 @@ class Draws(NamedTuple):
     box_ratio: torch.Tensor  # (N, TRIES) aspect ratios of the boxes to try
     box_corner: torch.Tensor  # (N, 2) top and left of the box that is used
     jitter: torch.Tensor  # (N, 4) change of brightness, contrast, saturation and hue
-    chances: torch.Tensor  # (N, 4) one per operation in CHANCES, applied if below its chance
+    chances: (
+        torch.Tensor
+    )  # (N, len(CHANCES)) an operation is applied if its number is below its chance
     blur_sigma: torch.Tensor  # (N, 1) standard deviation of the blur
     jitter_order: torch.Tensor  # (N, 4) equal rows; the lowest number's operation comes first
 
@@ -55,7 +57,7 @@ class RandomView:
     RandomHorizontalFlip on PIL images, and of SimCLR's blur. Nothing is rounded to 8 bits between
     the operations.
 
-    To change the strength of the jitter, set `jitter` in a subclass:
+    To change the strength of the jitter, set `jitter` in a subclass, and let main_pcl.py use that:
 
         class HalfJitter(RandomView):
             def __post_init__(self):
@@ -226,6 +228,7 @@ def resized_crop(x, boxes, size):
     boxes = boxes.to(x.device, non_blocking=True)
     start, length = boxes.T[..., None, None].split(2)  # (2, N, 1, 1) each: vertical, horizontal
     height, width = x.shape[2:]
+    # one call for both axes, as if images were square; what is too much is cut off
     rows, columns = _resize_matrices(start, length, max(height, width), size)
     rows = rows[:, None, :, :height]
     columns = columns[:, None, :, :width]

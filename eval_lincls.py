@@ -1,9 +1,10 @@
 """What the features of a checkpoint are worth: linear probe, kNN, and clusters against classes.
 
-The backbone is frozen. Its features are the average-pooled ones, before the projection head. Beside
-the trained network stand the network that training started from and the raw pixels. The linear
-probe has two protocols: `fast`, the best linear classifier on the features of the plain images, and
-`moco`, the published one (arXiv 1911.05722, section 4.1).
+The backbone is frozen. Its features are the average-pooled ones, before the projection head. The
+table compares the trained network with the network that training started from and with raw pixels.
+The linear probe has two protocols: `fast`, logistic regression on the features of centre crops, and
+`moco`, the published one (arXiv 1911.05722, section 4.1). If the largest class has over ten times
+the training images of the smallest, frequent, middle and rare classes get figures of their own.
 
     # the latest checkpoint of the newest default run; three runs: mean and standard deviation
     python eval_lincls.py
@@ -72,7 +73,7 @@ from runtime.distributed import get_rank_and_world, print_main
 
 EPOCHS = 100  # of the published probe
 DRAWS = 5  # random choices of few labels
-IMBALANCED = 10  # times as many images: rare classes get a figure of their own
+IMBALANCED = 10  # times as many images in the largest class as in the smallest
 RAW_SIDE = 32  # pixels; the raw-pixel baseline shrinks larger images to this side
 TEMPERATURE = 0.2  # mean concentration of the clusters; it does not change them
 AGREEMENT = ("NMI", "AMI", "ARI", "acc")
@@ -100,7 +101,7 @@ def get_parser():
     add(
         "--pretrained",
         metavar="FILE",
-        help="evaluate this checkpoint of a run, or a ResNet's of any project; default: the "
+        help="evaluate the checkpoint FILE, of a run or of any project's ResNet; default: the "
         "checkpoint in --exp-dir",
     )
     add(
@@ -108,7 +109,8 @@ def get_parser():
         choices=("fast", "moco"),
         default="fast",
         help="linear probe. fast: logistic regression on stored features, to its optimum; moco: "
-        "SGD on random crops for 100 epochs, as published, for a row beside published ones",
+        "SGD on random crops for 100 epochs, as published, to compare with published figures; of "
+        "the trained network alone; default: fast",
     )
     add(
         "--knn-k",
@@ -614,7 +616,8 @@ def probes(train, val, datasets, scores, args):
     """Figures of the linear probe and of kNN, {figure: percent}. Unlabelled images are left out.
 
     train: (M, D) features. val: (n, D) features. scores: (n, classes) of the held-out images by the
-    published probe, or None.
+    published probe, or None: with --protocol moco the
+    baselines have none, and no linear figure.
     """
     device = train.device
     num_classes = len(datasets.classes)

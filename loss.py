@@ -38,8 +38,9 @@ def proto_nce(q, index, clusters, num_negatives):
 
     q: (N, D) unit rows.
     index: (N,) positions of the samples in the data set.
-    clusters: one (im2cluster (M,) int64, centroids (K, D), density (K,)) per granularity, on the
-        device of q.
+    clusters: one (im2cluster (M,) int64, centroids (K, D) unit rows, density (K,)) per granularity,
+        on the device of q. The density is the paper's concentration phi: the temperature of each
+        prototype.
     num_negatives: the number of negatives to draw, without replacement, from the prototypes that
         no sample of the batch has. If there are no more than that, all are taken and nothing is
         random. The other samples' prototypes are negatives as well. A prototype that several

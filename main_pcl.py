@@ -64,12 +64,19 @@ from runtime.distributed import get_rank_and_world, print_main
 
 SYNC_EVERY = 20  # steps between reads of their results; each read makes the host wait
 SAVE_EVERY = 60  # seconds between checkpoints; shorter epochs are not all saved
-DRAW_EVERY = 100  # seconds between drawings of a picture, which take about one
+DRAW_EVERY = 100  # seconds between drawings of a picture; one takes about a second
 PIXELS_AT_ONCE = 2**22  # of the images whose views a GPU makes in one go
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip after an overflow
-MAX_KNN = 50_000  # images per part in the kNN accuracy during training
+MAX_KNN = 50_000  # training images, and held-out images, in the kNN accuracy during training
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-AUGMENTATION = ("aug_plus", "crop_min", "color_jitter", "grayscale", "blur", "flip")
+AUGMENTATION = (  # flags that are also arguments of RandomView
+    "aug_plus",
+    "crop_min",
+    "color_jitter",
+    "grayscale",
+    "blur",
+    "flip",
+)
 OF_A_RANK = ("data", "workers", "init", "config", "resume")  # may differ between the ranks
 ANNOUNCED = (  # settings that are printed at the start
     "arch",
@@ -183,7 +190,8 @@ def views_of_steps(run, loader, random_view):
         group = list(itertools.islice(batches, at_once))
         if not group:
             return
-        # every rank draws for the whole batch and keeps its own share
+        # every rank draws for the whole batch and keeps its share, so the views do not depend on
+        # the number of ranks
         seeds = [derive_seed(args.seed, run.epoch, step + i) for i in range(len(group))]
         draws = torch.cat([RandomView.draw(args.batch_size, seed) for seed in seeds], 1)
         images = torch.cat([images.to(args.device, non_blocking=True) for images, _ in group])
@@ -224,7 +232,7 @@ def show_progress(run, bar, steps, steps_done):
 def clip_gradients(model, largest):
     """Scale the gradient down to a norm of `largest`, or leave it as it is if that is None.
 
-    Returns its norm before, a scalar tensor.
+    Returns its norm before clipping, a scalar tensor.
     """
     if largest:
         return clip_grad_norm_(model.parameters(), largest, foreach=True)
@@ -307,7 +315,9 @@ def end_diverged_run(run, problem):
 def e_step(run, images, epoch, keys=None):
     """E-step: cluster all training images for `epoch`, once per --num-cluster (PCL, eq. 12).
 
-    images: the training images under the plain view.
+    Before the last epoch it also writes clusters.csv, and at milestones it draws prototypes.png.
+
+    images: the training images under the plain view, a centre crop.
     keys: directory of the keys that training has saved. Images without a saved key, and all images
         if `keys` is None, are passed through the momentum encoder.
     k-means starts from the centroids of the previous epoch if there are any.
@@ -368,14 +378,15 @@ def gather_features(run, images, keys):
     missing = distributed.broadcast_object(missing)
 
     # a pass over the images without a key
+    loader = plain_loader(images, missing, args)
+
     def encode(batch):
-        n = len(batch)
+        size = len(batch)
         if args.device == "cuda":  # where every new shape costs a search for the best algorithm
             batch = pad_to(loader.batch_size, batch)
-        return run.model.encode(normalize(batch))[:n]
+        return run.model.encode(normalize(batch))[:size]
 
     with autocast(args):
-        loader = plain_loader(images, missing, args)
         compute_features(loader, encode, directory, args.device)
     if rank == 0:
         features, still_missing = read_features(directory, n, path, features)
@@ -546,9 +557,8 @@ def make_loader(images, sampler, batch_size, args):
 def plain_loader(images, index, args):
     """A DataLoader over this rank's share of the images with the numbers `index`."""
     rank, world = get_rank_and_world()
-    batch_size = (
-        4 * args.batch_size // world
-    )  # more than in training, because there are no gradients
+    # more than in training, because there are no gradients
+    batch_size = 4 * args.batch_size // world
     return make_loader(images, index[rank::world].tolist(), batch_size, args)
 
 
@@ -782,7 +792,7 @@ def add_data_arguments(add):
         "--workers",
         type=cli.num_workers,
         help="processes per rank that load images, unless all images fit in memory; default: the "
-        "number of cores, at most 8",
+        "cores per rank, at most 8",
     )
 
 
@@ -805,8 +815,9 @@ def add_model_arguments(add):
     add(
         "--stem",
         choices=("small", "imagenet"),
-        help="small: a 3x3 first convolution of stride 1 and no max-pool, which keeps the detail "
-        "of small images, in resnet18 and the like; default: small up to 64 pixels",
+        help="small: a 3x3 first convolution of stride 1 and no max-pool, to keep the detail of "
+        "small images; imagenet: torchvision's; for resnet18 and the like; default: small up to "
+        "64 pixels",
     )
     add(
         "--low-dim",
@@ -824,8 +835,8 @@ def add_model_arguments(add):
         "--cluster-head",
         choices=("none", "report"),
         default="none",
-        help="none: PCL as published; report: one more layer on the momentum keys once the warm-up "
-        "is over; it needs a long --warmup",
+        help="none: PCL as published; report: the head b of results/README.md, one more layer on "
+        "the keys once the warm-up is over; it needs a long --warmup",
     )
     add(
         "--symmetric",

@@ -180,20 +180,24 @@ def top_k(scores, labels, k):
 
 
 def accuracy_by_frequency(scores, labels, counts):
-    """Top-1 accuracy in percent of frequent, middle and rare classes, a third of the classes each.
+    """Top-1 accuracy in percent on frequent, middle and rare classes, a third of the classes each.
 
-    Within a third every class counts the same, however many images `labels` has of it. Classes of
-    which it has none are left out, and so are thirds of such classes.
+    The figure of a third is the mean over its classes, however many images of each `labels` has.
+    Classes without an image in `labels` are left out, and so is a third that has no other class.
+    Of two classes, one is frequent and one is rare.
 
-    scores: (n, C). labels: (n,) int64. counts: (C,) the training images of each class.
-    Returns {"frequent": percent, "middle": percent, "rare": percent}.
+    scores: (n, C). labels: (n,) int64. counts: (C,) training images of each class.
+    Returns {"frequent": percent, "middle": percent, "rare": percent}, without what is left out.
     """
+    names = ("frequent", "middle", "rare")
+    if len(counts) == 2:
+        names = ("frequent", "rare")
     hits = (scores.argmax(1) == labels).double()
     images = torch.bincount(labels, minlength=len(counts))
     recall = torch.bincount(labels, hits, minlength=len(counts)) / images  # nan if no images
     order = counts.argsort(descending=True, stable=True)
-    thirds = zip(("frequent", "middle", "rare"), recall[order].tensor_split(3), strict=True)
-    means = {name: 100 * third.nanmean().item() for name, third in thirds}
+    parts = zip(names, recall[order].tensor_split(len(names)), strict=True)
+    means = {name: 100 * part.nanmean().item() for name, part in parts}
     return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
 

@@ -2,7 +2,7 @@
 
 MoCo (He et al. 2020, arXiv 1911.05722) with the MLP heads of MoCo v2 (arXiv 2003.04297), as PCL
 uses it (Li et al. 2021, arXiv 2005.04966). The query encoder ends in head a, the key encoder in
-head ã, its momentum copy; the optional cluster head b takes the keys.
+head ã, its momentum copy; the optional cluster head b (`MoCo.v`) takes the keys.
 
     model = MoCo(functools.partial(build_encoder, "resnet18", small_images=True), dim=128, r=4096)
     q, k, c, features = model(im_q, im_k)             # info_nce(q, k, model.queue, 0.2), then step
@@ -43,8 +43,8 @@ class MoCo(nn.Module):
         one Linear and ReLU on the keys, whose output replaces them in InfoNCE, in the queue and in
         the features to cluster.
     bn_splits: groups of this process's batch with their own batch-norm statistics, if the encoder's
-        batch norm is SplitBatchNorm2d. The keys are shuffled between the groups of all processes,
-        so that a key's statistics do not reveal its query.
+        batch norm is SplitBatchNorm2d. The images of the keys are shuffled between the groups of
+        all processes, so that a key's statistics do not reveal its query.
     The buffer `queue` is (D, R) with unit columns.
     """
 
@@ -66,7 +66,7 @@ class MoCo(nn.Module):
             )
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
 
-        # cluster head b
+        # cluster head b, on the keys; checkpoints call it v
         if cluster_head == "report":
             self.v = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
         elif cluster_head != "none":
@@ -165,8 +165,8 @@ class MoCo(nn.Module):
     def batch_shuffle(self, images):
         """Deal the images (N, 3, H, W) of all processes out over all batch-norm groups.
 
-        Each group's images go to all groups in equal shares, so a key's group shares 1/groups of
-        its images with its query's, the least possible.
+        Each group's images go to all groups in shares as equal as possible. If they divide evenly,
+        a key's group shares 1/groups of its images with its query's, the least possible.
         Returns this process's share (N, 3, H, W), and the rows (N,) of its own images among the
         gathered outputs, which undo the shuffle.
         """

@@ -122,7 +122,7 @@ def recipes_as_text():
         "up to 64 pixels, 5,000 images or more": SMALL_IMAGES,
         "up to 64 pixels, fewer images": FEW_SMALL_IMAGES,
     }
-    lines = ["default recipes (lr: for SGD and a batch of 256)"]
+    lines = ["default recipes (lr: SGD's for a batch of 256; a run scales it to its batch size)"]
     lines.append(_line("", IMAGENET))
     lines += [_line(name, recipe.values()) for name, recipe in rows.items()]
     lines.append(

@@ -552,7 +552,10 @@ def evaluation_figures(directory):
 
 
 def few_labels_of(row):
-    """The accuracies of the probes with few labels, {amount of labels: percent}."""
+    """The other linear accuracies of a row, {name: percent}.
+
+    They are those with few labels, or on frequent, middle and rare classes.
+    """
     found = {}
     for part in filter(None, row["few_labels"].split("; ")):
         amount, percent = part.split(": ")

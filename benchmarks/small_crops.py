@@ -1,12 +1,16 @@
 """Further queries from small crops, as in SwAV (arXiv 2006.09882), for experiments.py.
 
-Besides its large view, each query gets two crops of 18 pixels from 5 to 30 % of the image's area.
-All three are compared with the key of the image's other large view. Three patches belong together:
+Besides its large view, each query gets two crops, 18 pixels wide, that show 5 to 30 % of the
+image's area. All three are compared with the key of the image's other large view. Three patches
+belong together:
 
     python benchmarks/experiments.py --patched small-views,small-queries,small-samples -- FLAGS
 
-main_pcl.py knows one tensor per view. So the small crops travel behind the columns of their view.
+main_pcl.py passes one tensor per view, so a view's small crops are appended to it as further
+columns. Those of the key's view are made too; only `--symmetric` uses them.
 """
+
+import dataclasses
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +31,14 @@ class SmallViews(RandomView):
 
     def two_views(self, images, draws):
         views = super().two_views(images, draws)
-        settings = {**vars(self), "size": SIDE, "crop_min": SMALLEST}
-        settings.pop("jitter")
-        settings.pop("chances")
+        small_view = dataclasses.replace(self, size=SIDE, crop_min=SMALLEST)
         seed = int(draws[0, 0, 0] * 2**31)  # another one in every step
         small = []
         for i in range(CROPS):
             small_draws = RandomView.draw(len(images), seed + i)
             # the area is uniform between the smallest one and 1: keep the lower part
             Draws.split(small_draws).box_area.mul_((LARGEST - SMALLEST) / (1 - SMALLEST))
-            small.append(RandomView(**settings).two_views(images, small_draws))
+            small.append(RandomView.two_views(small_view, images, small_draws))  # of the base class
         return [pack(view, crops) for view, *crops in zip(views, *small, strict=True)]
 
 
@@ -61,7 +63,7 @@ class SmallQueries(MoCo):
     """MoCo that also queries with the small crops. For one process."""
 
     def forward(self, im_q, im_k, clustering=False):
-        """Three times as many rows of q, k and c: of the views, then of the crops."""
+        """1 + CROPS times as many rows of q, k and c: of the views, then of each crop."""
         view_q, crops = unpack(im_q)
         view_k, _ = unpack(im_k)
         q, k, c, features = super().forward(view_q, view_k, clustering)

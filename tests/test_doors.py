@@ -1,7 +1,7 @@
 """The changes that README's "Change one thing" names: ten lines are enough for each.
 
-tests/doors has each as a diff. It is applied to a copy of the project, which then trains for two
-epochs and evaluates.
+A door is a place to change the code. tests/doors has an example of each as a diff. It is applied to
+a copy of the project, which then trains for two epochs and evaluates.
 """
 
 import gzip
@@ -46,7 +46,9 @@ def write_fashion_mnist(directory, n=64):
 
 def train_and_evaluate(copy, words):
     """What a process does: run both scripts of a copy of the project."""
-    for name, module in list(sys.modules.items()):  # the original's modules
+    for name, module in list(
+        sys.modules.items()
+    ):  # forget the original, so that the copy is imported
         file = getattr(module, "__file__", None) or ""
         if file.startswith(str(ROOT)):
             del sys.modules[name]

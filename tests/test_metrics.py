@@ -44,7 +44,7 @@ def test_accuracy_by_frequency_is_a_mean_over_the_classes_of_a_third():
     # a third without images, and fewer than three classes
     assert accuracy_by_frequency(scores, torch.full((200,), 1), counts).keys() == {"frequent"}
     two = accuracy_by_frequency(scores[:, :2], labels.clamp(max=1), counts[:2])
-    assert two.keys() == {"frequent", "middle"}
+    assert two.keys() == {"frequent", "rare"}
 
 
 def test_knn_accuracy_matches_its_formula():
