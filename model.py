@@ -224,7 +224,7 @@ def is_timm(arch):
         return False
     import timm  # here, because the import takes a second
 
-    return timm.is_model(arch)
+    return arch in timm.list_models()
 
 
 def backbone(encoder):
@@ -289,14 +289,16 @@ class TimmEncoder(nn.Module):
         super().__init__()
         import timm
 
-        if not timm.is_model(arch):
-            raise ValueError(describe_unknown(arch, timm.list_models()))
+        names = timm.list_models()
+        if arch not in names:
+            raise ValueError(describe_unknown(arch, names))
         self.timm_options = {"num_classes": 0}
         layout = {"memory_format": torch.channels_last}
         try:
             # timm: "if fixed_input_size exists and is True, model takes an img_size arg that fixes
             # its input size"
-            if timm.get_pretrained_cfg(arch).fixed_input_size:
+            config = timm.get_pretrained_cfg(arch)  # None for a network that a reader registers
+            if config is not None and config.fixed_input_size:
                 self.timm_options["img_size"] = image_size
             # a pass without memory or arithmetic: does the network work with such images, and how
             # many features has it? No attribute says so for every network
@@ -326,11 +328,14 @@ class TimmEncoder(nn.Module):
 def describe_unknown(arch, names):
     """What is wrong with the name `arch`, and which of timm's `names` are like it."""
     resnets = ", ".join(f"resnet{depth}" for depth in BLOCKS)
-    close = difflib.get_close_matches(arch, names)
+    name, _, tag = arch.partition(".")
+    close = difflib.get_close_matches(name, names)
     such_as = f", such as {', '.join(close)}" if close else ""
+    if tag and name in names:
+        such_as = f", such as {name}: without a tag, because training starts from random weights"
     return (
-        f"unknown arch {arch}; choose one of {resnets}, or another width of these (resnet18_w16), "
-        f"or any network of timm's{such_as}"
+        f"unknown arch {arch[:80]}; choose one of {resnets}, or another width of these "
+        f"(resnet18_w16), or any network of timm's{such_as}"
     )
 
 

@@ -243,7 +243,7 @@ def test_a_backbone_of_the_reader_s_own_trains_as_before(folder, tmp_path, monke
         (["-a", "hf-hub:timm/test_vit"], "unknown arch"),
         (["-a", "resnet19", "--stem", "small"], "unknown arch"),
         (["-a", "resnet18_w99999"], "--arch would need"),
-        (["-a", "test_vit.no_tag"], "Invalid pretrained tag"),
+        (["-a", "test_vit.no_tag"], "such as test_vit: without a tag"),
         (["-a", "test_vit", "--image-size", 8], "images of 8 pixels; choose another --arch or"),
         (["-a", "inception_v3"], "no pooled features of images of 32 pixels"),
         (["-a", "test_vit", "--stem", "small"], "give --stem imagenet, or leave it out"),
