@@ -198,7 +198,8 @@ def restore(checkpoint, run, difference=None):
     changed that cannot.
     """
     try:
-        position = {name: checkpoint["run"][name] for name in run.position()}
+        stored = dict(checkpoint["run"])
+        position = {name: stored[name] for name in run.position()}
         if position["data"] != run.data:  # first, because other defaults follow from other images
             text = difference() if difference else ""
             fail(
@@ -214,6 +215,7 @@ def restore(checkpoint, run, difference=None):
         scaler_state = checkpoint.get("scaler")
         if scaler_state:  # after a part without a scaler there is none: then it starts afresh
             run.scaler.load_state_dict(scaler_state)
+        position["totals"] = with_loss(position["totals"])
         check_position(position, run)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         fail(
@@ -245,6 +247,13 @@ def refuse_changes(changes, within_epoch):
         fail(
             f"the checkpoint's {', '.join(refused)} cannot change; give the flags it was made with"
         )
+
+
+def with_loss(totals):
+    """The totals of an epoch with the loss, which older versions did not store."""
+    if "loss" in totals or "loss_inst" not in totals:
+        return totals
+    return {"loss": totals["loss_inst"] + totals["loss_proto"], **totals}
 
 
 def check_position(position, run):
