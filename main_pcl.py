@@ -1100,7 +1100,7 @@ def find_initial_weights(args):
     init = weights.find(checkpoint.read(args.init), args.init)
     if args.arch is None:
         args.arch = init.arch
-    if args.stem is None:
+    if args.stem is None and not is_timm(args.arch):
         args.stem = "small" if init.small_images else "imagenet"
     print_main(f"the encoder starts from {args.init}, {init.where}: {init.arch}")
     return init
@@ -1123,8 +1123,10 @@ def build_model(args, init):
         bn_splits=args.bn_splits,
     )
     if init is not None:
-        weights.load_backbone(model.encoder_q, init, args.init)
-        weights.load_backbone(model.encoder_k, init, args.init)
+        wanted = init._replace(arch=args.arch)
+        advice = "; give --arch and --image-size as they were in training"
+        for encoder in (model.encoder_q, model.encoder_k):
+            weights.load_backbone(encoder, wanted, args.init, advice)
     return model.to(args.device, memory_format=torch.channels_last)
 
 

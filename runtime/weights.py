@@ -169,13 +169,13 @@ def rename_as_in_torchvision(names):
 
 # -- loading and exporting -------------------------------------------------------------------------
 @torch.no_grad()
-def load_backbone(encoder, found, path):
+def load_backbone(encoder, found, path, advice=""):
     """Copy the weights of a Found into `encoder`, except its `.fc`.
 
-    path: the checkpoint's file, for messages. Ends the program in one line if a weight is missing,
-    unexpected or of another shape.
+    path: the checkpoint's file, for messages. Ends the program in one line, which ends in `advice`,
+    if a weight is missing, unexpected or of another shape.
     """
-    refuse_misfits(encoder, found, path)
+    refuse_misfits(encoder, found, path, advice)
     for name, tensor in state_without_fc(encoder).items():
         tensor.copy_(found.state.get(name, tensor))
 
