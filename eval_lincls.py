@@ -74,6 +74,7 @@ from runtime.distributed import get_rank_and_world, print_main
 EPOCHS = 100  # of the published probe
 DRAWS = 5  # random choices of few labels
 IMBALANCED = 10  # times as many images in the largest class as in the smallest
+READ_FROM_RUNS = {"data": str, "image_size": int, "num_cluster": list}  # with their types
 RAW_SIDE = 32  # pixels; the raw-pixel baseline shrinks larger images to this side
 TEMPERATURE = 0.2  # mean concentration of the clusters; it does not change them
 AGREEMENT = ("NMI", "AMI", "ARI", "acc")
@@ -317,6 +318,9 @@ def prepare(path, args, device, built):
     stored = {}  # the arguments of one of our runs
     if "run" in loaded and isinstance(loaded.get("args"), dict):
         stored = loaded["args"]
+    for setting, kind in READ_FROM_RUNS.items():
+        if not isinstance(stored.get(setting), kind | None):
+            cli.fail(f"{path} is no checkpoint of a run: its {setting} is no {kind.__name__}")
 
     # data
     name = args.data

@@ -295,8 +295,7 @@ class TimmEncoder(nn.Module):
         self.timm_options = {"num_classes": 0}
         layout = {"memory_format": torch.channels_last}
         try:
-            # timm: "if fixed_input_size exists and is True, model takes an img_size arg that fixes
-            # its input size"
+            # timm marks the networks that are built for one size of image
             config = timm.get_pretrained_cfg(arch)  # None for a network that a reader registers
             if config is not None and config.fixed_input_size:
                 self.timm_options["img_size"] = image_size
