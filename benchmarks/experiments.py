@@ -796,6 +796,8 @@ def copy_images(source, out, sizes):
     sizes: the number of files from each folder, in the order of their names.
     """
     folders = sorted(source.glob("*/"))
+    if len(folders) > len(sizes):
+        raise ValueError(f"{source} has {len(folders)} folders, not {len(sizes)}, one per class")
     for folder, n in zip(folders, sizes[: len(folders)], strict=True):
         for path in sorted(folder.iterdir())[:n]:
             copied = out / folder.name / path.name
@@ -1008,6 +1010,8 @@ def main(argv=None):
     if args.make_data:
         make_data(*args.make_data, LONG_TAILED if args.long_tailed else BALANCED)
         return 0
+    if args.long_tailed:
+        cli.fail("--long-tailed says what --make-data makes; give it with --make-data SOURCE DIR")
     if not args.experiments:
         parser.print_help()
         return 0
