@@ -679,7 +679,7 @@ def check(args, n, world):
     refuse(
         local_batch % args.bn_splits or local_batch < 2 * args.bn_splits,
         f"{local_batch} images per process do not split into {args.bn_splits} equal groups of 2 or "
-        "more; change --bn-splits",
+        "more; change --batch-size or --bn-splits",
     )
     for flag, value in (("--cuda-graphs", args.cuda_graphs), ("--compile", args.compile)):
         refuse(

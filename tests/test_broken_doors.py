@@ -141,6 +141,12 @@ def test_a_network_that_a_reader_has_registered_needs_no_configuration(monkeypat
     assert build_encoder("network_of_a_reader", 8, image_size=32).fc.out_features == 8
 
 
+def test_a_batch_of_one_image_can_be_made_larger(folder, tmp_path, capsys):
+    """A network of timm has one group, whatever the batch."""
+    options = [folder, *VIT, "-b", 1, "--exp-dir", tmp_path]
+    assert "change --batch-size or" in fails(capsys, main_pcl.main, *options)
+
+
 # -- experiments.py --------------------------------------------------------------------------------
 def test_data_of_other_classes_is_not_made(tmp_path, capsys):
     for i in range(11):
