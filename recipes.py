@@ -3,9 +3,9 @@
 ImageNet's recipe is that of MoCo v2 (arXiv 2003.04297) and PCL (arXiv 2005.04966). The recipes for
 small images were measured; results/README.md has the experiments. Every function here is pure.
 
-    recipe = choose_recipe(n=50_000, image_size=32)      # {"batch_size": 128, "lr": 0.12, ...}
+    recipe = choose_recipe(n=50_000, image_size=32)      # {"batch_size": 128, "wd": 5e-4, ...}
     settings = default_settings(n=50_000, image_size=32, optim="sgd", epochs=200)
-    settings["lr"], settings["pcl_r"]                    # 0.06 for a batch of 128; 4096 keys
+    settings["lr"], settings["pcl_r"]                    # 0.03 for a batch of 128; 4096 keys
 """
 
 import math
@@ -14,10 +14,10 @@ SMALL = 64  # pixels; images up to this size get a small stem and a recipe of th
 MANY = 5_000  # images; data sets of fewer small images keep most of ImageNet's recipe
 LONGEST_QUEUE = 16_384  # the published queue length
 
-# learning rates are for SGD and a batch of 256
+# lr: the learning rate of each optimizer for a batch of 256
 IMAGENET = {
     "batch_size": 256,
-    "lr": 0.03,
+    "lr": {"sgd": 0.03, "adamw": 1e-3, "lamb": 5e-3, "lars": 0.3},
     "wd": 1e-4,
     "temperature": 0.2,
     "moco_m": 0.999,
@@ -25,7 +25,7 @@ IMAGENET = {
 }
 SMALL_IMAGES = {
     "batch_size": 128,
-    "lr": 0.12,
+    "lr": {"sgd": 0.06, "adamw": 3e-3, "lamb": 1e-2, "lars": 3.0},
     "wd": 5e-4,
     "temperature": 0.1,
     "moco_m": 0.99,
@@ -33,12 +33,12 @@ SMALL_IMAGES = {
 }
 FEW_SMALL_IMAGES = {**IMAGENET, "moco_m": 0.99}
 
-# learning rates are for ImageNet's recipe; another recipe scales them as it scales SGD's
+# the weight decay of the others is the same in all recipes
 OPTIMIZERS = {
-    "sgd": {"lr": 0.03},
-    "adamw": {"lr": 1e-3, "wd": 0.01},
-    "lamb": {"lr": 5e-3, "wd": 0.02},
-    "lars": {"lr": 0.3, "wd": 1e-6},
+    "sgd": {},
+    "adamw": {"wd": 0.01},
+    "lamb": {"wd": 0.02},
+    "lars": {"wd": 1e-6},
 }
 
 
@@ -71,7 +71,7 @@ def default_settings(n, image_size, optim, epochs, world=1, batch_size=None):
     settings["pcl_r"] = min(LONGEST_QUEUE, power_of_two(max(1, n / 12)))
 
     # the schedule
-    settings["lr"] = scale_learning_rate(recipe, optim, batch_size)
+    settings["lr"] = recipe["lr"][optim] * batch_size / 256  # linear scaling rule
     settings["lr_warmup"] = 0 if optim == "sgd" else epochs // 20
     settings["schedule"] = [epochs * 6 // 10, epochs * 8 // 10]
     settings["knn_every"] = max(1, epochs // 20)
@@ -104,12 +104,6 @@ def default_bn_splits(wanted, local_batch, world):
     return math.gcd(max(1, wanted // world), local_batch // 2)
 
 
-def scale_learning_rate(recipe, optim, batch_size):
-    """The optimizer's rate, scaled like the recipe's, for `batch_size` (linear scaling rule)."""
-    sgd = OPTIMIZERS["sgd"]["lr"]
-    return OPTIMIZERS[optim]["lr"] * recipe["lr"] / sgd * batch_size / 256
-
-
 def power_of_two(x):
     """The largest power of two that is at most `x`."""
     return 2 ** int(math.log2(x))
@@ -122,14 +116,17 @@ def recipes_as_text():
         "up to 64 pixels, 5,000 images or more": SMALL_IMAGES,
         "up to 64 pixels, fewer images": FEW_SMALL_IMAGES,
     }
-    lines = ["default recipes (lr: SGD's for a batch of 256; a run scales it to its batch size)"]
-    lines.append(_line("", IMAGENET))
-    lines += [_line(name, recipe.values()) for name, recipe in rows.items()]
-    lines.append(
-        "\nother optimizers, for the first recipe; the others scale lr as they scale SGD's"
-    )
-    lines.append(_line("", ["lr", "wd"]))
-    lines += [_line(name, row.values()) for name, row in OPTIMIZERS.items() if "wd" in row]
+    names = [name for name in IMAGENET if name != "lr"]
+    lines = ["default recipes (wd: for SGD)"]
+    lines.append(_line("", names))
+    for title, recipe in rows.items():
+        lines.append(_line(title, [recipe[name] for name in names]))
+
+    lines.append("\nlearning rates for a batch of 256; a run scales them to its batch size")
+    lines.append(_line("", OPTIMIZERS))
+    for title, recipe in rows.items():
+        lines.append(_line(title, recipe["lr"].values()))
+    lines.append(_line("their weight decay", [row.get("wd", "") for row in OPTIMIZERS.values()]))
     return "\n".join(lines)
 
 

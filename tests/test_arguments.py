@@ -133,7 +133,7 @@ CIFAR = {
     "stem": "small",
     "image_size": 32,
     "batch_size": 128,
-    "lr": 0.06,
+    "lr": 0.03,
     "wd": 5e-4,
     "temperature": 0.1,
     "pcl_r": 4096,
@@ -169,22 +169,28 @@ def test_defaults_follow_the_data(n, image_size, expected):
 
 def test_defaults_follow_the_optimizer():
     lamb = defaults(50_000, 32, "--optim", "lamb", "-b", "512")
-    assert (lamb["lr"], lamb["wd"], lamb["temperature"]) == pytest.approx((0.04, 0.02, 0.1))
+    assert (lamb["lr"], lamb["wd"], lamb["temperature"]) == pytest.approx((0.02, 0.02, 0.1))
     assert defaults(50_000, 32, "--optim", "lars")["lr_warmup"] == 10
 
 
 @pytest.mark.parametrize(
-    "n, image_size, factor",
+    "n, image_size, rates",
     [
-        (1_281_167, 224, 1),  # batch 256
-        (1437, 8, 0.5),  # batch 128
-        (50_000, 32, 2),  # batch 128, and the recipe's rate is four times as high
+        (1_281_167, 224, {"sgd": 0.03, "adamw": 1e-3, "lamb": 5e-3, "lars": 0.3}),
+        (1437, 8, {"sgd": 0.015, "adamw": 5e-4, "lamb": 2.5e-3, "lars": 0.15}),
+        (50_000, 32, {"sgd": 0.03, "adamw": 1.5e-3, "lamb": 5e-3, "lars": 1.5}),
     ],
+    ids=["ImageNet, batch 256", "digits, batch 128", "CIFAR-10, batch 128"],
 )
-def test_the_rates_of_all_optimizers_follow_recipe_and_batch(n, image_size, factor):
-    rates = {"sgd": 0.03, "adamw": 1e-3, "lamb": 5e-3, "lars": 0.3}
+def test_the_rates_of_all_optimizers_follow_recipe_and_batch(n, image_size, rates):
     found = {optim: defaults(n, image_size, "--optim", optim)["lr"] for optim in rates}
-    assert found == pytest.approx({optim: rate * factor for optim, rate in rates.items()})
+    assert found == pytest.approx(rates)
+    smaller = {
+        optim: defaults(n, image_size, "--optim", optim, "-b", "64")["lr"] for optim in rates
+    }
+    batch = defaults(n, image_size)["batch_size"]
+    expected = {optim: rate * 64 / batch for optim, rate in rates.items()}
+    assert smaller == pytest.approx(expected)
 
 
 def test_defaults_follow_the_number_of_processes():
@@ -256,9 +262,11 @@ def test_help_states_the_default_of_every_flag(script):
 def test_help_lists_the_recipes():
     words = main_pcl.get_parser().format_help().split()
     for recipe in (recipes.IMAGENET, recipes.SMALL_IMAGES, recipes.FEW_SMALL_IMAGES):
-        values = [str(value) for value in recipe.values()]
-        starts = range(len(words) - len(values))
-        assert any(words[i : i + len(values)] == values for i in starts), values
+        settings = [recipe[name] for name in recipe if name != "lr"]
+        for numbers in (settings, recipe["lr"].values()):
+            values = [str(value) for value in numbers]
+            starts = range(len(words) - len(values))
+            assert any(words[i : i + len(values)] == values for i in starts), values
 
 
 def test_progress_without_a_terminal_is_a_line_a_minute(capsys, monkeypatch):
