@@ -65,7 +65,8 @@ from runtime.distributed import get_rank_and_world, print_main
 SYNC_EVERY = 20  # steps between reads of their results; each read makes the host wait
 SAVE_EVERY = 60  # seconds between checkpoints; shorter epochs are not all saved
 DRAW_EVERY = 100  # seconds between drawings of a picture; one takes about a second
-PIXELS_AT_ONCE = 2**22  # of the images whose views a GPU makes in one go
+PIXELS_AT_ONCE = 2**22  # at most, of the images whose views a GPU makes in one go
+STEPS_AT_ONCE = 32  # at most, because the steps of a group share the order of the colour jitter
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip after an overflow
 MAX_KNN = 50_000  # training images, and held-out images, in the kNN accuracy during training
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -214,7 +215,8 @@ def steps_at_once(args, images):
     """
     if args.device == "cpu" or images.pixels is None:
         return 1
-    return max(1, PIXELS_AT_ONCE // (args.batch_size * args.image_size**2))
+    fitting = PIXELS_AT_ONCE // (args.batch_size * args.image_size**2)
+    return min(max(1, fitting), STEPS_AT_ONCE)
 
 
 def show_progress(run, bar, steps, steps_done):

@@ -262,6 +262,11 @@ def go_on(run, step, figures):
     """In place of stop_if_diverged: continue, whatever the figures are."""
 
 
+def as_on_a_gpu(args, images):
+    """In place of steps_at_once: make the views of as many steps in one go as a GPU does."""
+    return main_pcl.STEPS_AT_ONCE
+
+
 class ClipScaled(torch.amp.GradScaler):
     """A known mistake: clip the gradients to norm 1 while they are still scaled.
 
@@ -301,6 +306,7 @@ PATCHES = {
     "fp16-range": (main_pcl, "MoCo", Float16Range),
     "go-on": (main_pcl, "stop_if_diverged", go_on),
     "clip-scaled": (main_pcl, "GradScaler", ClipScaled),
+    "gpu-views": (main_pcl, "steps_at_once", as_on_a_gpu),
     # a mistake of the published code inside both losses: no name of main_pcl reaches there
     "topk": (loss, "_cross_entropy", cross_entropy_with_topk),
 }

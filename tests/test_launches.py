@@ -186,6 +186,7 @@ def test_a_gpu_makes_the_views_of_more_steps_at_once_if_they_have_fewer_pixels()
     for device, images, batch, size, expected in [
         ("cuda", in_memory, 128, 32, 32),
         ("cuda", in_memory, 512, 32, 8),
+        ("cuda", in_memory, 64, 8, 32),
         ("cuda", in_memory, 256, 224, 1),
         ("cuda", from_workers, 128, 32, 1),
         ("cpu", in_memory, 128, 32, 1),
