@@ -133,7 +133,7 @@ CIFAR = {
     "stem": "small",
     "image_size": 32,
     "batch_size": 128,
-    "lr": 0.03,
+    "lr": 0.06,
     "wd": 5e-4,
     "temperature": 0.1,
     "pcl_r": 4096,
@@ -169,7 +169,7 @@ def test_defaults_follow_the_data(n, image_size, expected):
 
 def test_defaults_follow_the_optimizer():
     lamb = defaults(50_000, 32, "--optim", "lamb", "-b", "512")
-    assert (lamb["lr"], lamb["wd"], lamb["temperature"]) == pytest.approx((0.02, 0.02, 0.1))
+    assert (lamb["lr"], lamb["wd"], lamb["temperature"]) == pytest.approx((0.04, 0.02, 0.1))
     assert defaults(50_000, 32, "--optim", "lars")["lr_warmup"] == 10
 
 
@@ -178,7 +178,7 @@ def test_defaults_follow_the_optimizer():
     [
         (1_281_167, 224, {"sgd": 0.03, "adamw": 1e-3, "lamb": 5e-3, "lars": 0.3}),
         (1437, 8, {"sgd": 0.015, "adamw": 5e-4, "lamb": 2.5e-3, "lars": 0.15}),
-        (50_000, 32, {"sgd": 0.03, "adamw": 1.5e-3, "lamb": 5e-3, "lars": 1.5}),
+        (50_000, 32, {"sgd": 0.06, "adamw": 1.5e-3, "lamb": 1e-2, "lars": 1.5}),
     ],
     ids=["ImageNet, batch 256", "digits, batch 128", "CIFAR-10, batch 128"],
 )

@@ -453,7 +453,8 @@ def test_the_picture_of_all_of_cifar10_shows_the_rows(tmp_path, monkeypatch):
     rows = experiments.read(experiments.ROOT / "results" / "experiments.csv")
     DRAW("C", rows, tmp_path, tmp_path / "C.png")
     curves, bars = figures[0].axes
-    arms = list(experiments.EXPERIMENTS["C"]["arms"])
+    arms = [arm for _, arm, _ in experiments.rows_of("C", rows)]
+    assert len(arms) >= 3
     assert [text.get_text() for text in bars.get_legend().texts] == arms
     for curve, bar, arm in zip(curves.lines, bars.containers, arms, strict=True):
         (row,) = [row for row in rows if row["experiment"] == "C" and row["arm"] == arm]
