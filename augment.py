@@ -37,9 +37,7 @@ class Draws(NamedTuple):
     box_ratio: torch.Tensor  # (N, TRIES) aspect ratios of the boxes to try
     box_corner: torch.Tensor  # (N, 2) top and left of the box that is used
     jitter: torch.Tensor  # (N, 4) change of brightness, contrast, saturation and hue
-    chances: (
-        torch.Tensor
-    )  # (N, len(CHANCES)) an operation is applied if its number is below its chance
+    chances: torch.Tensor  # (N, len(CHANCES)) one per operation, applied if below its chance
     blur_sigma: torch.Tensor  # (N, 1) standard deviation of the blur
     jitter_order: torch.Tensor  # (N, 4) equal rows; the lowest number's operation comes first
 

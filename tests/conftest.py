@@ -9,6 +9,7 @@ if "TESTS_SEE_THE_GPUS" not in os.environ:
 
 import io
 import shutil
+import signal
 
 import faiss
 import numpy as np
@@ -20,7 +21,7 @@ import main_pcl
 import metrics
 from runtime import report
 from runtime.directory import write_atomically
-from runtime.distributed import get_rank_and_world
+from runtime.distributed import StopSignals, get_rank_and_world
 
 # Steps this small run fastest on one thread. The variable is for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -118,6 +119,21 @@ def wait_for_line(process, beginning):
     while line and not line.startswith(beginning):
         line = process.stdout.readline()
     assert line, f"the output has ended without {beginning!r}"
+
+
+def stop_in_step(number, monkeypatch, function, *args):
+    """Call `function(*args)`, which trains, and end it as by SIGTERM after this many steps."""
+    asked = []
+
+    def receive_in_time(self):
+        asked.append(self)
+        if len(asked) == number:
+            self.received = signal.SIGTERM
+        return self.received > 0
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(StopSignals, "received_by_any", receive_in_time)
+        function(*args)
 
 
 def weights(directory):

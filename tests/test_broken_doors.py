@@ -8,12 +8,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import TINY, assert_same, fails, run, weights
+from conftest import TINY, assert_same, fails, run, stop_in_step, weights
 
 import eval_lincls
 import main_pcl
 from model import build_encoder, is_timm
-from runtime import distributed
 
 sys.path.append(str(Path(main_pcl.__file__).parent / "benchmarks"))
 import experiments
@@ -44,17 +43,7 @@ def test_a_run_that_an_older_version_stopped_within_an_epoch_continues(
     """Its totals lack the loss, which was computed from its two parts."""
     options = [folder, *TINY, "--warmup", 1, "--epochs", 3, "--exp-dir"]
     run(*options, tmp_path / "whole")
-    asked = []
-
-    def stop_after_five_steps(self):
-        asked.append(self)
-        if len(asked) == 5:
-            self.received = 15
-        return self.received > 0
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(distributed.StopSignals, "received_by_any", stop_after_five_steps)
-        run(*options, tmp_path / "parts")
+    stop_in_step(5, monkeypatch, run, *options, tmp_path / "parts")
     path = tmp_path / "parts" / CHECKPOINT
     stored = torch.load(path, weights_only=True)
     assert stored["run"]["step"] > 0

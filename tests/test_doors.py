@@ -46,9 +46,8 @@ def write_fashion_mnist(directory, n=64):
 
 def train_and_evaluate(copy, words):
     """What a process does: run both scripts of a copy of the project."""
-    for name, module in list(
-        sys.modules.items()
-    ):  # forget the original, so that the copy is imported
+    # forget the original, so that the copy is imported
+    for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         if file.startswith(str(ROOT)):
             del sys.modules[name]

@@ -9,14 +9,13 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from conftest import TINY, assert_same, fails, run, weights
+from conftest import TINY, assert_same, fails, run, stop_in_step, weights
 from processes import finish_ranks
 
 import eval_lincls
 import main_pcl
 import model
 from model import MoCo, backbone, build_encoder
-from runtime import distributed
 from runtime.weights import find, find_resnet
 
 SIDE = 32  # pixels
@@ -49,17 +48,7 @@ def test_a_run_in_two_parts_equals_an_undisturbed_one(folder, tmp_path, monkeypa
     assert all(np.isfinite(row["loss"]) for row in log)
     output = capsys.readouterr().out
     assert output.count("has batch norm of its own") == bool(NETWORKS[arch])
-    asked = []
-
-    def stop_after_four_steps(self):
-        asked.append(self)
-        if len(asked) == 4:
-            self.received = 15
-        return self.received > 0
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(distributed.StopSignals, "received_by_any", stop_after_four_steps)
-        run(*options, tmp_path / "parts")
+    stop_in_step(4, monkeypatch, run, *options, tmp_path / "parts")
     run("--exp-dir", tmp_path / "parts", "--resume")
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
