@@ -35,6 +35,7 @@ import copy
 import csv
 import difflib
 import gzip
+import importlib
 import json
 import math
 import os
@@ -84,7 +85,7 @@ HELD_OUT = [200] * CLASSES
 
 # experiments.csv
 FIGURES = ("linear", "knn", "nmi", "ami", "acc", "acc_inst", "acc_proto")
-COLUMNS = ["experiment", "data", "arm", "seed", *FIGURES, "few_labels"]
+COLUMNS = ["experiment", "data", "arm", "seed", *FIGURES, "other_linear"]
 COLUMNS += ["images_seen", "minutes", "command", "commit"]
 
 # the tables, {column: figure}
@@ -310,6 +311,9 @@ PATCHES = {
     # a mistake of the published code inside both losses: no name of main_pcl reaches there
     "topk": (loss, "_cross_entropy", cross_entropy_with_topk),
 }
+# {how a patch's name begins: the module of its PATCHES}, imported only if needed: peers needs
+# lightly, and published the published code
+PATCHES_ELSEWHERE = {"lightly-": "peers", "small-": "small_crops", "published": "published"}
 
 
 def run_patched(words):
@@ -328,18 +332,9 @@ def run_patched(words):
 def find_patch(name):
     """(module, name, what takes its place) of a patch."""
     patches = PATCHES
-    if name.startswith("lightly-"):
-        import peers  # needs lightly
-
-        patches = peers.PATCHES
-    elif name.startswith("small-"):
-        import small_crops
-
-        patches = small_crops.PATCHES
-    elif name == "published":
-        import published
-
-        patches = published.PATCHES
+    for beginning, module in PATCHES_ELSEWHERE.items():
+        if name.startswith(beginning):
+            patches = importlib.import_module(module).PATCHES
     if name not in patches:
         cli.fail(f"no patch is called {name}; choose one of {', '.join(patches)}")
     return patches[name]
@@ -501,9 +496,9 @@ def run(row, places, runs):
         figures = {}
     if status == 0:
         figures |= evaluation_figures(directory)
-    few_labels = figures.pop("few_labels", "")
+    other_linear = figures.pop("other_linear", "")
     figures = {name: f"{float(value):.2f}" for name, value in figures.items()}
-    figures["few_labels"] = few_labels
+    figures["other_linear"] = other_linear
     images_seen, minutes = training_cost(directory)
     costs = {"images_seen": images_seen, "minutes": f"{minutes:.1f}", "commit": commit}
     return row | figures | costs
@@ -548,24 +543,24 @@ def evaluation_figures(directory):
     figures["knn"] = next(table[name] for name in table if name.startswith("kNN"))
     for name in ("NMI", "AMI", "acc"):
         figures[name.lower()] = table[f"{name} {CLASSES}"]
-    few = []
+    others = []
     for name, value in table.items():
         if name.startswith("linear, ") and not name.endswith(", std"):
-            amount = name.removeprefix("linear, ").replace("0.01 of", "1 % of")
-            few.append(f"{amount}: {value:.2f}")
-    figures["few_labels"] = "; ".join(few)
+            which = name.removeprefix("linear, ").replace("0.01 of", "1 % of")
+            others.append(f"{which}: {value:.2f}")
+    figures["other_linear"] = "; ".join(others)
     return figures
 
 
-def few_labels_of(row):
+def other_linear_of(row):
     """The other linear accuracies of a row, {name: percent}.
 
     They are those with few labels, or on frequent, middle and rare classes.
     """
     found = {}
-    for part in filter(None, row["few_labels"].split("; ")):
-        amount, percent = part.split(": ")
-        found[amount] = float(percent)
+    for pair in filter(None, row["other_linear"].split("; ")):
+        which, percent = pair.split(": ")
+        found[which] = float(percent)
     return found
 
 
@@ -589,11 +584,11 @@ def table(name, rows):
     that stopped before their evaluation are counted, but have no accuracies.
     """
     arms = list(rows_of(name, rows))
-    amounts = dict.fromkeys(
-        amount for *_, found in arms for row in found for amount in few_labels_of(row)
+    others = dict.fromkeys(
+        which for *_, found in arms for row in found for which in other_linear_of(row)
     )
     columns = ["data", "arm", "seeds", "million images", *MEANS]
-    columns += [f"linear, {amount}" for amount in amounts]
+    columns += [f"linear, {which}" for which in others]
     columns += DIFFERENCES
     lines = [markdown_line(columns), "|---" * len(columns) + "|"]
     first_arms = {}  # {data: {seed: row of the first arm}}
@@ -608,9 +603,9 @@ def table(name, rows):
         for figure in MEANS.values():
             values = [float(row[figure]) for row in found if row[figure]]
             cells.append(mean_and_spread(values))
-        for amount in amounts:
-            probes = [few_labels_of(row) for row in found]
-            values = [probe[amount] for probe in probes if amount in probe]
+        for which in others:
+            probes = [other_linear_of(row) for row in found]
+            values = [probe[which] for probe in probes if which in probe]
             cells.append(mean_and_spread(values))
 
         first_arm = first_arms.get(data, {})
@@ -754,8 +749,8 @@ def draw_worth(logs, rows):
 def accuracies_by_name(row):
     """What the features of a run are worth, {name: percent}."""
     found = {"kNN": row["knn"], "linear probe": row["linear"]}
-    for amount, percent in few_labels_of(row).items():
-        found[f"linear probe, {amount}"] = percent
+    for which, percent in other_linear_of(row).items():
+        found[f"linear probe, {which}"] = percent
     found["clusters: accuracy"] = row["acc"]
     found["clusters: NMI"] = row["nmi"]
     return {name: float(percent) for name, percent in found.items()}

@@ -299,7 +299,7 @@ class FakeRuns:
         self.folder = folder
         self.launched = []  # the words of each start of a script
         self.original = subprocess.run
-        self.few_labels = {}  # {name in eval.json: accuracy}
+        self.other_linear = {}  # {name in eval.json: accuracy}
         self.before_seed_7 = None  # a function to call once, when a run of seed 7 has started
 
     def __call__(self, words, **options):
@@ -321,7 +321,7 @@ class FakeRuns:
         (directory / "args.json").write_text(json.dumps(args))
         figures = {"linear": 90, "kNN 200": 80, "NMI 3": 70, "AMI 3": 60, "acc 3": 50}
         figures["acc 3 held out"] = 1
-        for name, value in self.few_labels.items():
+        for name, value in self.other_linear.items():
             figures |= {name: value, f"{name}, std": 9}
         if "lr-0.2" in directory.name:
             figures["linear"] = 91 + 2 * int(directory.name[-1])
@@ -459,7 +459,7 @@ def test_the_picture_of_all_of_cifar10_shows_the_rows(tmp_path, monkeypatch):
     for curve, bar, arm in zip(curves.lines, bars.containers, arms, strict=True):
         (row,) = [row for row in rows if row["experiment"] == "C" and row["arm"] == arm]
         shown = [patch.get_height() for patch in bar]
-        few = experiments.few_labels_of(row)
+        few = experiments.other_linear_of(row)
         expected = [row["knn"], row["linear"], few["1 % of labels"], row["acc"], row["nmi"]]
         assert shown == [float(percent) for percent in expected]
         assert curve.get_xdata()[-1] == 199
@@ -468,12 +468,12 @@ def test_the_picture_of_all_of_cifar10_shows_the_rows(tmp_path, monkeypatch):
 
 def test_probes_with_few_labels_are_columns_of_the_table(fake, tmp_path, monkeypatch):
     monkeypatch.setitem(experiments.FEW_LABELS, "P", ["0.01", "5"])
-    fake.few_labels = {"linear, 5 per class": 40.126, "linear, 0.01 of labels": 30}
+    fake.other_linear = {"linear, 5 per class": 40.126, "linear, 0.01 of labels": 30}
     fake.main("one", "0", "1", "--arms", "a", "b")
     evaluations = [words for words in fake.launched if "eval_lincls.py" in words]
     assert all(words[-3:] == ["--labels", "0.01", "5"] for words in evaluations)
     rows = experiments.read(tmp_path / "experiments.csv")
-    assert rows[0]["few_labels"] == "5 per class: 40.13; 1 % of labels: 30.00"
+    assert rows[0]["other_linear"] == "5 per class: 40.13; 1 % of labels: 30.00"
     title, _, *lines = experiments.table("one", rows).splitlines()
     columns = title.strip("| ").split(" | ")
     for line in lines:
