@@ -6,7 +6,7 @@ The other tests do not see the GPU, and test_on_gpu.py runs this file in a proce
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_same, run, weights
+from conftest import TINY, assert_same, run, stop_in_step, weights
 
 import cluster
 import main_pcl
@@ -62,27 +62,10 @@ def test_kmeans_is_as_good_as_on_the_cpu(monkeypatch, name):
     assert (own <= distances.amin(1) + 1e-2).all()
 
 
-def stop_at_the_fifth_look(patch):
-    """Let a signal arrive when the run looks for one for the fifth time, in epoch 1."""
-    signals = main_pcl.distributed.StopSignals
-    received_by_any = signals.received_by_any
-    calls = 0
-
-    def look(self):
-        nonlocal calls
-        calls += 1
-        self.received = 15 if calls == 5 else 0
-        return received_by_any(self)
-
-    patch.setattr(signals, "received_by_any", look)
-
-
 def test_a_stopped_run_resumes(folder, tmp_path, monkeypatch):
     options = [folder, *TINY, "--epochs", 3, "--warmup", 1, "--amp"]
     options += ["--exp-dir", tmp_path, "--resume"]
-    stop_at_the_fifth_look(monkeypatch)
-    with pytest.raises(SystemExit):
-        run(*options)
+    stop_in_step(5, monkeypatch, run, *options)
     assert len(run(*options)) == 3
     before = weights(tmp_path)
     run(*options)  # the run is finished: nothing changes
@@ -154,10 +137,7 @@ def test_a_resumed_run_with_graphs_equals_an_undisturbed_one(
 ):
     options = [folder, *TINY, "--warmup", 1, "--epochs", 6, *precision, "--resume", "--exp-dir"]
     whole = losses_of(monkeypatch, *options, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_at_the_fifth_look(patch)
-        with pytest.raises(SystemExit):
-            run(*options, tmp_path / "parts")
+    stop_in_step(5, monkeypatch, run, *options, tmp_path / "parts")
     rest = losses_of(monkeypatch, *options, tmp_path / "parts")
     assert 9 < len(rest) < 18
     assert rest == pytest.approx(whole[-len(rest) :], rel=tolerance)
