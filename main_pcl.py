@@ -25,7 +25,6 @@ import itertools
 import math
 import os
 import shlex
-import shutil
 import time
 from pathlib import Path
 
@@ -59,14 +58,16 @@ from loss import info_nce, proto_nce
 from metrics import effective_rank, knn_accuracy, moments, spread
 from model import MoCo, backbone, build_encoder, capture_encoders, compile_encoders, is_timm
 from runtime import checkpoint, cli, distributed, image_files, report, weights
-from runtime.directory import check_writable, choose_directory, lock, write_args
+from runtime.directory import check_writable, choose_directory, lock, remove_features, write_args
 from runtime.distributed import get_rank_and_world, print_main
 
 SYNC_EVERY = 20  # steps between reads of their results; each read makes the host wait
-SAVE_EVERY = 60  # seconds between checkpoints; shorter epochs are not all saved
+SAVE_EVERY = 60  # seconds between checkpoints, so not every short epoch is saved
 DRAW_EVERY = 100  # seconds between drawings of a picture; one takes about a second
-PIXELS_AT_ONCE = 2**22  # at most, of the images whose views a GPU makes in one go
-STEPS_AT_ONCE = 32  # at most, because the steps of a group share the order of the colour jitter
+# views that a GPU makes in one go: at most this many pixels (of the batches of all processes), and
+# this many steps, which share the order of the colour jitter
+PIXELS_AT_ONCE = 2**22
+STEPS_AT_ONCE = 32
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip after an overflow
 MAX_KNN = 50_000  # training images, and held-out images, in the kNN accuracy during training
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -201,10 +202,10 @@ def views_of_steps(run, loader, random_view):
         index = torch.cat([index for _, index in group])
 
         parts = [tensor.chunk(len(group)) for tensor in (index, im_q, im_k)]
-        for of_a_step in zip(*parts, strict=True):
-            if step >= first_step:
-                yield of_a_step
-            step += 1
+        steps = list(zip(*parts, strict=True))
+        skipped = max(0, first_step - step)  # if the run was resumed in the middle of this group
+        yield from steps[skipped:]
+        step += len(group)
 
 
 def steps_at_once(args, images):
@@ -215,7 +216,8 @@ def steps_at_once(args, images):
     """
     if args.device == "cpu" or images.pixels is None:
         return 1
-    fitting = PIXELS_AT_ONCE // (args.batch_size * args.image_size**2)
+    side = max(args.image_size, *images.pixels.shape[-2:])  # of the view, or of the whole image
+    fitting = PIXELS_AT_ONCE // (args.batch_size * side**2)
     return min(max(1, fitting), STEPS_AT_ONCE)
 
 
@@ -301,15 +303,16 @@ def stop_if_diverged(run, step, figures):
         return
     end_diverged_run(
         run,
-        f"step {step}: the loss is {loss:.4g} and the gradient norm {figures['grad_norm']:.4g}",
+        f"step {step}: the loss is {loss:.4g} and the gradient norm {figures['grad_norm']:.4g}; "
+        f"the last good state is in {run.args.exp_dir}",
     )
 
 
 def end_diverged_run(run, problem):
-    """End the program in one line: the problem, where the last good state is, and what to try."""
+    """End the program in one line: the problem, and what to try."""
     raise SystemExit(
-        f"stopped at epoch {run.epoch}, {problem}; the last good state is in {run.args.exp_dir}. "
-        "Try a lower --lr, a longer --lr-warmup, or --clip-grad 1"
+        f"stopped at epoch {run.epoch}, {problem}. Try a lower --lr, a longer --lr-warmup, or "
+        "--clip-grad 1"
     )
 
 
@@ -341,7 +344,8 @@ def e_step(run, images, epoch, keys=None):
         try:
             found[k] = run_kmeans(features, [k], args.temperature, seed, **options)[0]
         except ValueError as error:  # features that are not finite; row i belongs to image i
-            end_diverged_run(run, f"clustering: {error}")
+            advice = f"the latest checkpoint in {args.exp_dir} may already hold these weights"
+            end_diverged_run(run, f"clustering: {error}; {advice}")
 
     # then all ranks get all of them
     for i, k in enumerate(granularities):
@@ -370,7 +374,6 @@ def gather_features(run, images, keys):
     rank, _ = get_rank_and_world()
     directory = Path(args.exp_dir) / "features"
     path = directory / "features.npy"
-    clear_features(directory)
 
     # the keys that training has saved
     features = None
@@ -419,8 +422,10 @@ def train(run, datasets, stop):
     loader, random_view = build_training_loader(datasets, args)
     network = None
     last_save = time.time()
-    if run.step > 0:  # resumed within an epoch: save at its end, the next one deletes its keys
-        last_save = 0.0
+    if run.step > 0:
+        # Resumed within an epoch: save at its end, whatever the time is. The next epoch deletes the
+        # keys that the old checkpoint needs.
+        last_save = -math.inf
 
     while run.epoch < args.epochs:
         epoch = run.epoch
@@ -464,7 +469,7 @@ def train(run, datasets, stop):
         stop.exit_if_received(save)
     if rank == 0:
         board.close()
-        shutil.rmtree(directory / "features", ignore_errors=True)
+        remove_features(directory)
 
 
 def build_training_loader(datasets, args):
@@ -511,7 +516,7 @@ def evaluate_untrained(run, datasets):
 
 
 def draw_curves(run, epoch):
-    """Draw the figures of all epochs up to `epoch` in curves.png, unless it is new."""
+    """Draw the figures of all epochs up to `epoch` in curves.png, if picture_is_due."""
     path = Path(run.args.exp_dir) / "curves.png"
     if not picture_is_due(path, epoch, run.args.epochs):
         return
@@ -565,12 +570,12 @@ def plain_loader(images, index, args):
 
 
 def is_milestone(epoch, epochs):
-    """Whether `epoch` keeps a checkpoint and a picture: about ten times per run, and at its end."""
+    """Whether `epoch` keeps a checkpoint and a picture: ten to twenty times per run, and last."""
     return epoch == epochs - 1 or (epoch + 1) % max(1, epochs // 10) == 0
 
 
 def picture_is_due(path, epoch, epochs):
-    """Whether to draw the picture `path` again: always in the last epoch, else if it is old."""
+    """Whether to draw the picture `path` again: in the last epoch, or after DRAW_EVERY seconds."""
     is_last = epoch == epochs - 1
     return is_last or not path.exists() or time.time() - path.stat().st_mtime > DRAW_EVERY
 
@@ -580,7 +585,7 @@ def learning_rate(progress, args):
     """The learning rate after `progress` epochs.
 
     Linear warm-up, then a cosine down to 0 (--cos) or a factor of 0.1 at each of --schedule.
-    The warm-up starts slightly above 0, so that the first step is one.
+    The warm-up starts slightly above 0, so that the first step moves the weights at all.
     """
     if progress < args.lr_warmup:
         return args.lr * (progress + 1e-3) / args.lr_warmup
@@ -625,7 +630,13 @@ def speed_up_encoders(model, args):
             queries *= 2
         images = torch.randn(queries, 3, args.image_size, args.image_size, device=args.device)
         images = images.contiguous(memory_format=torch.channels_last)
-        capture_encoders(model, images, autocast(args, cache_enabled=False))
+        try:
+            capture_encoders(model, images, autocast(args, cache_enabled=False))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a network that copies to the host in its pass, for example
+            reason = str(error).partition("\n")[0]
+            cli.fail(f"{args.arch} cannot run as CUDA graphs ({reason}); add --no-cuda-graphs", 1)
 
 
 # -- arguments -------------------------------------------------------------------------------------
@@ -686,7 +697,7 @@ def check(args, n, world):
     for flag, value in (("--cuda-graphs", args.cuda_graphs), ("--compile", args.compile)):
         refuse(
             value and (args.device != "cuda" or world > 1),
-            f"{flag} is for one process on a GPU; leave it out",
+            f"{flag} is for one process on a GPU; leave it out, or give --no-{flag[2:]}",
         )
     most = max(args.num_cluster)
     refuse(
@@ -696,10 +707,6 @@ def check(args, n, world):
     refuse(
         args.crop_min > 1,
         f"--crop-min is a fraction of the image's area, at most 1, not {args.crop_min}",
-    )
-    refuse(
-        args.resume and not Path(args.resume).exists(),
-        f"there is no checkpoint {args.resume}",
     )
     check_memory(args, local_batch)
 
@@ -775,7 +782,8 @@ def add_data_arguments(add):
     add(
         "--blur",
         action=switch,
-        help="blur half of the views; erases small images; default: only above 64 pixels",
+        help="blur half of the views, which would wipe out the detail of small images; default: "
+        "only above 64 pixels",
     )
     add(
         "--flip",
@@ -787,7 +795,8 @@ def add_data_arguments(add):
         "--skip-broken",
         action="store_true",
         help="leave out images that cannot be read, up to 1 %% of them, and list them in "
-        "broken.txt; another image takes the place of each; default: they end the run",
+        "broken.txt; in training, another image stands in for each; default: a broken image ends "
+        "the run",
     )
     add(
         "-j",
@@ -812,7 +821,7 @@ def add_model_arguments(add):
         "--init",
         metavar="FILE",
         help="start from the weights in FILE: a run's checkpoint, or ResNet weights of any "
-        "project; try it with few images; default: random weights",
+        "project; useful if you have few images; default: random weights",
     )
     add(
         "--stem",
@@ -856,8 +865,8 @@ def add_model_arguments(add):
     add(
         "--bn-splits",
         type=cli.positive_int,
-        help="groups per process with their own batch-norm statistics; more groups make it harder "
-        "to recognise the key of a query by them; not for networks of timm; default: by recipe",
+        help="groups per process with their own batch-norm statistics; the more groups, the less "
+        "these reveal which key belongs to a query; not for networks of timm; default: by recipe",
     )
     add(
         "--pcl-r",
@@ -993,7 +1002,8 @@ def add_run_arguments(add):
     add(
         "--config",
         metavar="FILE",
-        help="take the arguments of another run from its args.json; flags win; default: none",
+        help="take the arguments of another run from its args.json, also those that followed from "
+        "its data, optimizer or epochs, such as --lr; flags win; default: none",
     )
     add(
         "--resume",
@@ -1096,8 +1106,11 @@ def refuse_other_arguments(args):
 
 
 def find_initial_weights(args):
-    """The weights in --init, or None. Sets --arch and --stem to theirs unless they are given."""
-    if not args.init:
+    """The weights in --init, or None. Sets --arch and --stem to theirs unless they are given.
+
+    A run that continues from a checkpoint does not need them.
+    """
+    if not args.init or checkpoint.find(Path(args.exp_dir), args.resume):
         return None
     init = weights.find(checkpoint.read(args.init), args.init)
     if args.arch is None:

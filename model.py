@@ -13,6 +13,7 @@ head ã, its momentum copy; the optional cluster head b (`MoCo.v`) takes the key
 import copy
 import difflib
 import functools
+import gc
 import re
 
 import torch
@@ -92,8 +93,9 @@ class MoCo(nn.Module):
             )
         z_q = self.encoder_q(im_q)  # (N, D)
         with torch.no_grad():
-            im_k, own_rows = self.batch_shuffle(im_k)
-            z_k = concat_all_gather(self.encoder_k(im_k))[own_rows]  # (N, D), in z_q's order again
+            shuffled, own_rows = self.batch_shuffle(im_k)
+            z_k = concat_all_gather(self.encoder_k(shuffled))
+            z_k = z_k[own_rows]  # (N, D), in z_q's order again
             move_running_statistics(self.norms)
 
         q = _unit(z_q)
@@ -363,14 +365,22 @@ def capture_encoders(model, images, precision):
     model: a MoCo on its GPU. images: (N, 3, H, W) of any content, laid out as a step's queries.
     precision: the autocast context of the passes, with cache_enabled=False.
     """
-    for encoder in (model.encoder_q.train(), model.encoder_k.train()):
+    model.train()
+    gc.collect()  # the graphs of an earlier model must not be destroyed during a recording
+    for encoder in (model.encoder_q, model.encoder_k):
         before = [buffer.clone() for buffer in encoder.buffers()]
+        # each graph reads memory of its own: the backward pass of the queries reads it once more
+        its_images = images.clone()
         with precision, torch.set_grad_enabled(encoder is model.encoder_q):
             # six passes come first, because a compiled encoder is not settled before
-            torch.cuda.make_graphed_callables(encoder, (images,), num_warmup_iters=6)
+            torch.cuda.make_graphed_callables(encoder, (its_images,), num_warmup_iters=6)
         # in those passes, batch norm of timm's has moved its running statistics
         for buffer, value in zip(encoder.buffers(), before, strict=True):
             buffer.copy_(value)
+    # gradients are stored on the stream of the recording; autograd waits for it, and says so
+    set_warning = "set_warn_on_accumulate_grad_stream_mismatch"
+    if hasattr(torch.autograd.graph, set_warning):  # since torch 2.10
+        getattr(torch.autograd.graph, set_warning)(False)
 
 
 def _train_with(encoder, forward):

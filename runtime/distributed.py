@@ -32,7 +32,11 @@ def init_distributed():
     """Join the other processes if torchrun has started any. Returns this process's device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        visible = torch.cuda.device_count()
+        if number >= visible:
+            fail(f"process {number} of this machine sees {visible} GPUs; start one process per GPU")
+        torch.cuda.set_device(number)
     if "RANK" not in os.environ:
         return device
 
@@ -101,9 +105,10 @@ def check_memory(numbers, device):
     available = memory_of(device)
     for flags, number in numbers.items():
         if 4 * number > available / 2:  # the other half is for what comes with it
+            owner = "this GPU" if device == "cuda" else "this machine"
             fail(
-                f"{flags} would need {4 * number / 2**30:.3g} GB of memory and more; this machine "
-                f"has {available / 2**30:.3g} GB; choose lower values"
+                f"{flags} would need {4 * number / 2**30:.3g} GiB of memory and more; {owner} has "
+                f"{available / 2**30:.3g} GiB; choose lower values"
             )
 
 
@@ -252,7 +257,8 @@ class StopSignals:
 
     def _receive(self, number, frame):
         # with several processes, torchrun repeats the signal
-        if number == self.received == signal.SIGINT and not dist.is_initialized():
+        is_second_ctrl_c = number == signal.SIGINT and self.received == signal.SIGINT
+        if is_second_ctrl_c and not dist.is_initialized():
             if callable(self.before[number]):
                 self.before[number](number, frame)
             return

@@ -73,23 +73,27 @@ def test_a_stopped_run_resumes(folder, tmp_path, monkeypatch):
 
 
 def test_the_host_waits_for_the_device_only_to_collect_results(folder, tmp_path, monkeypatch):
+    """From the seed of a step, or of the views of several steps, to the next collection."""
     collect_results = main_pcl.collect_results
-    learning_rate = main_pcl.learning_rate
+    derive_seed = main_pcl.derive_seed
 
     def allowed_to_wait(*args):
         torch.cuda.set_sync_debug_mode("default")
         return collect_results(*args)
 
-    def beginning_of_a_step(*args):
+    def not_allowed_to_wait(*args):
         torch.cuda.set_sync_debug_mode("error")
-        return learning_rate(*args)
+        return derive_seed(*args)
 
     monkeypatch.setattr(main_pcl, "collect_results", allowed_to_wait)
-    monkeypatch.setattr(main_pcl, "learning_rate", beginning_of_a_step)
-    options = ["-b", 4, "--bn-splits", 2, "--epochs", 2, "--warmup", 0]
+    monkeypatch.setattr(main_pcl, "derive_seed", not_allowed_to_wait)
+    # 12 steps per epoch, and fewer negatives than prototypes, so that some are drawn
+    options = ["-b", 4, "--bn-splits", 2, "--pcl-r", 2, "--epochs", 2, "--warmup", 0]
     options += ["--amp", "--amp-dtype", "bf16", "--exp-dir", tmp_path]
-    log = run(folder, *TINY, *options)  # 12 steps per epoch, with prototypes
-    assert len(log) == 2
+    try:
+        assert len(run(folder, *TINY, *options)) == 2
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # -- CUDA graphs and compiled encoders -------------------------------------------------------------

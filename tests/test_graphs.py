@@ -13,6 +13,7 @@ from conftest import TINY, assert_same, fails, run, weights
 import main_pcl
 import model
 from model import MoCo, backbone, build_encoder
+from runtime import distributed
 
 
 class Replay(torch.autograd.Function):
@@ -91,6 +92,16 @@ def records(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fake_graph)
     return made
+
+
+def test_the_keys_do_not_overwrite_what_the_backward_pass_reads(records):
+    """In float32 a convolution keeps its input for the backward pass."""
+    encoder = functools.partial(build_encoder, "resnet18_w16", small_images=True)
+    network = MoCo(encoder, 8, 16)
+    images = torch.randn(4, 3, 8, 8)
+    model.capture_encoders(network, images, torch.autocast("cpu", enabled=False))
+    q, *_ = network(images, torch.randn(4, 3, 8, 8))
+    q[:, 0].sum().backward()  # autograd raises if the images have changed
 
 
 @pytest.fixture
@@ -194,3 +205,24 @@ def test_features_of_a_last_batch_do_not_depend_on_what_it_is_padded_with():
     assert torch.equal(main_pcl.pad_to(3, batch), batch)
     encoder = build_encoder("resnet18_w4", 8, True).eval()
     torch.testing.assert_close(encoder(padded.float())[:3], encoder(batch.float()))
+
+
+def test_a_network_that_cannot_be_recorded_gets_one_line(
+    folder, tmp_path, monkeypatch, capsys, allowed_on_a_cpu
+):
+    def fail_to_record(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail_to_record)
+    command = [folder, *TINY, "--epochs", 1, "--cuda-graphs", "--exp-dir", tmp_path]
+    message = fails(capsys, main_pcl.main, *command, status=1)
+    assert "resnet18_w4 cannot run as CUDA graphs (operation not permitted" in message
+    assert message.strip().endswith("add --no-cuda-graphs")
+
+
+def test_more_processes_than_gpus_get_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    message = fails(capsys, lambda _: distributed.init_distributed())
+    assert "process 2 of this machine sees 2 GPUs; start one process per GPU" in message

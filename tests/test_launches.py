@@ -181,7 +181,7 @@ def test_a_run_resumed_within_a_group_continues_with_its_views(step, monkeypatch
 
 
 def test_a_gpu_makes_the_views_of_more_steps_at_once_if_they_have_fewer_pixels():
-    in_memory = argparse.Namespace(pixels=torch.empty(0))
+    in_memory = argparse.Namespace(pixels=torch.empty(1, 3, 8, 8))
     from_workers = argparse.Namespace(pixels=None)
     for device, images, batch, size, expected in [
         ("cuda", in_memory, 128, 32, 32),
