@@ -16,7 +16,7 @@ import torch
 
 from runtime import directory as run_directory
 from runtime.cli import fail
-from runtime.distributed import RESTARTS, broadcast_object, get_rank_and_world, print_main
+from runtime.distributed import broadcast_object, get_rank_and_world, print_main
 
 # arguments that belong to one start of the program, not to the run
 PER_START = (
@@ -33,7 +33,7 @@ PER_START = (
 # arguments that a resumed run cannot change: at all, or within an epoch
 FIXED = ("arch", "stem", "image_size", "low_dim", "mlp", "cluster_head", "pcl_r", "optim")
 FIXED_WITHIN_EPOCH = ("batch_size", "num_cluster")
-# arguments whose values are for one process: they suit one number of processes
+# arguments whose right value depends on the number of processes
 PER_PROCESS = ("workers", "bn_splits")
 # totals that report.py needs
 PRINTED = {"loss", "loss_inst", "loss_proto", "acc_inst", "acc_proto", "moments"}
@@ -115,24 +115,27 @@ def _serialize(value):
 
 # -- resuming --------------------------------------------------------------------------------------
 def resume(directory, run, compare_images=None):
-    """Continue the run that --resume or a restart asks for; a new run stays as it is.
+    """Restore `run` from the checkpoint that --resume or a restart asks for, if there is one.
 
     compare_images: function of the checkpoint's directory. It returns text that says which training
-        images are others than when that run began.
+        images have changed since that run began.
     Returns the arguments that have changed, as {name: [old value, new value]}.
     """
     path = None
     if get_rank_and_world()[0] == 0:
-        path = find(directory, run.args.resume, run.args.overwrite)
+        path = find(directory, run.args.resume)
+        make_room(directory, path, run.args.overwrite)
     path = broadcast_object(path)
-    if path is None:
-        return {}
-    difference = functools.partial(compare_images, path.parent) if compare_images else None
-    changes = restore(read(path), run, difference)
-    print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
+    changes = {}
+    if path is not None:
+        difference = functools.partial(compare_images, path.parent) if compare_images else None
+        changes = restore(read(path), run, difference)
+        print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
+    if get_rank_and_world()[0] == 0:
+        run_directory.mark_begun(directory)
     if run.epoch >= run.args.epochs:
         print_main(f"{directory} holds a finished run of {run.epoch} epochs: nothing left to do")
-        run_directory.clear_features(directory)  # left by a kill at the very end
+        run_directory.remove_features(directory)  # left by a kill at the very end
     return changes
 
 
@@ -162,20 +165,30 @@ def stored_args(directory, resume):
     return stored
 
 
-def find(directory, resume, overwrite):
+def find(directory, resume):
     """The checkpoint to continue from, or None for a new run.
 
-    resume: the value of --resume: a path, "" for the latest checkpoint, None for a new run. If
-        torchrun has restarted the program, the latest checkpoint counts.
-    overwrite: remove an earlier run. Otherwise the program ends in one line if there is one.
+    directory: the run's. resume: the value of --resume: a path, "" for the latest checkpoint in
+        `directory`, None for a new run. If torchrun has restarted the run, the latest one counts.
     """
     latest = directory / "checkpoint.pth.tar"
-    if resume and not RESTARTS:
-        return Path(resume)
-    if not latest.exists():
-        return None
-    if resume is not None or RESTARTS:
+    if latest.exists() and (resume == "" or run_directory.is_restart(directory)):
         return latest
+    if resume:
+        return Path(resume)
+    return None
+
+
+def make_room(directory, path, overwrite):
+    """Remove another run from `directory`, or end the program in one line if it must stay.
+
+    path: the checkpoint that the run continues from, or None. If it is in `directory`, the run
+        there is no other run. overwrite: remove it. A run without a step is removed in any case.
+    """
+    latest = directory / "checkpoint.pth.tar"
+    is_own = path is not None and path.resolve().parent == directory.resolve()
+    if is_own or not latest.exists():
+        return
     if not overwrite:
         old = read(latest)
         has_begun = old.get("epoch") or old.get("run", {}).get("step")
@@ -186,7 +199,6 @@ def find(directory, resume, overwrite):
                 "--overwrite, or choose another --exp-dir"
             )
     run_directory.clear(directory)
-    return None
 
 
 def restore(checkpoint, run, difference=None):
@@ -211,9 +223,9 @@ def restore(checkpoint, run, difference=None):
         state = checkpoint["state_dict"]
         state = {name.removeprefix("module."): value for name, value in state.items()}
         run.model.load_state_dict(state)
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(run.optimizer, checkpoint["optimizer"])
         scaler_state = checkpoint.get("scaler")
-        if scaler_state:  # after a part without a scaler there is none: then it starts afresh
+        if scaler_state:  # empty if the run had no scaler so far: then this one starts afresh
             run.scaler.load_state_dict(scaler_state)
         position["totals"] = with_loss(position["totals"])
         check_position(position, run)
@@ -226,6 +238,16 @@ def restore(checkpoint, run, difference=None):
     for name, (old, new) in changes.items():
         print_main(f"{name} {old} -> {new}")
     return changes
+
+
+def load_optimizer(optimizer, state):
+    """optimizer.load_state_dict(state), which keeps the options of `optimizer`, such as `wd`."""
+    options = []
+    for group in optimizer.param_groups:
+        options.append({name: value for name, value in group.items() if name != "params"})
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
 
 
 def find_changes(old, new):
@@ -245,7 +267,8 @@ def refuse_changes(changes, within_epoch):
     refused = [f"{name} {old} -> {new}" for name, (old, new) in changes.items() if name in fixed]
     if refused:
         fail(
-            f"the checkpoint's {', '.join(refused)} cannot change; give the flags it was made with"
+            f"a run that continues cannot change {', '.join(refused)}; give the flags that it was "
+            "started with"
         )
 
 

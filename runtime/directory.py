@@ -2,10 +2,10 @@
 
 import contextlib
 import errno
-import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import sys
@@ -20,6 +20,7 @@ import torch
 from runtime.cli import DISK_IS_FULL, fail
 from runtime.distributed import RESTARTS, get_rank_and_world, print_main
 
+BEGUN = ".begun"  # a file in the directory of a run that has begun and not ended
 LEASE = 60  # seconds without a sign of life after which another run may take the directory over
 NO_FLOCK = (  # how file systems such as Lustre and NFS say that they have no locks
     errno.ENOSYS,
@@ -51,21 +52,37 @@ FILES_OF_EVALUATION = (
 def choose_directory(exp_dir, resume):
     """The run's directory: `exp_dir` or, if that is None, one of the default names.
 
-    The default names are experiment_pcl, experiment_pcl_2, ... A new run takes the next free one. A
-    run that continues (`resume` is not None, or torchrun has restarted it) takes the newest.
+    The default names are experiment_pcl, experiment_pcl_2, ... A new run takes the next one, also
+    if it starts from a checkpoint of another run. A run that continues its own takes the latest.
+
+    resume: the value of --resume: a checkpoint, "" for the latest of the run, None for a new run.
     """
     if exp_dir is not None:
         return Path(exp_dir)
-    newest = None
-    for i in itertools.count(1):
-        directory = Path("experiment_pcl" if i == 1 else f"experiment_pcl_{i}")
-        if not directory.exists():
-            break
-        newest = directory
-    continues = resume is not None or RESTARTS
-    if continues and newest is not None:
-        return newest
-    return directory
+    numbers = [0]
+    for path in Path().iterdir():
+        number = re.fullmatch(r"experiment_pcl(?:_([2-9]|[1-9]\d+))?", path.name)
+        if number:
+            numbers.append(int(number[1] or 1))
+    latest = max(numbers)
+    if latest and (resume == "" or is_restart(_default_directory(latest))):
+        return _default_directory(latest)
+    return _default_directory(latest + 1)
+
+
+def _default_directory(number):
+    """The default name of the first, second, ... run."""
+    return Path("experiment_pcl" if number == 1 else f"experiment_pcl_{number}")
+
+
+def is_restart(directory):
+    """Whether torchrun has restarted the program after its run had begun in `directory`."""
+    return RESTARTS > 0 and (directory / BEGUN).exists()
+
+
+def mark_begun(directory):
+    """Note that a run has begun in `directory`, for is_restart. `lock` removes the note."""
+    (directory / BEGUN).touch()
 
 
 def check_writable(directory):
@@ -73,7 +90,7 @@ def check_writable(directory):
     try:
         str(directory).encode()
     except UnicodeEncodeError:
-        fail(f"{directory} is no name in UTF-8, as TensorBoard needs; choose another --exp-dir")
+        fail(f"{directory} is not valid UTF-8, which TensorBoard needs; choose another --exp-dir")
     place = directory
     while not place.exists():  # it will be made below the first folder that is there
         place = place.parent
@@ -88,7 +105,8 @@ def check_writable(directory):
 def lock(directory):
     """Context in which the run's directory exists and no other run can use it.
 
-    The first rank creates and locks it. Ends the program in one line if that is impossible.
+    The first rank creates and locks it. Ends the program in one line if that is impossible. A run
+    that leaves the context without an error has ended: a restart of the program is another run.
     """
     if get_rank_and_world()[0] > 0:
         yield
@@ -97,6 +115,8 @@ def lock(directory):
     try:
         directory.mkdir(parents=True, exist_ok=True)
         held = acquire(directory, holder)
+        if RESTARTS == 0:
+            (directory / BEGUN).unlink(missing_ok=True)  # a kill has left it
         for pattern in FILES_OF_RUN:
             for partial in directory.glob(f"{pattern}.tmp"):  # a kill has left it half written
                 partial.unlink()
@@ -113,6 +133,8 @@ def lock(directory):
     with held:
         try:
             yield
+            with contextlib.suppress(OSError):
+                (directory / BEGUN).unlink()
         finally:
             with contextlib.suppress(OSError):
                 holder.unlink()
@@ -211,10 +233,10 @@ def clear(directory):
     for pattern in (*FILES_OF_RUN, *FILES_OF_EVALUATION):
         for path in directory.glob(pattern):
             path.unlink()
-    clear_features(directory)
+    remove_features(directory)
 
 
-def clear_features(directory):
+def remove_features(directory):
     """Remove the features that a run keeps while it trains."""
     shutil.rmtree(directory / "features", ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """A run's directory: never overwritten unasked, what may change on resuming, args.json."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from conftest import TINY, assert_same, fails, run, weights
 
 import eval_lincls
 import main_pcl
+import runtime.directory
+from runtime.directory import choose_directory
 
 SHORT = [*TINY, "--epochs", 2, "--warmup", 1]
 
@@ -53,6 +56,40 @@ def test_the_same_command_again_takes_the_next_free_directory(
     assert newest == eval_lincls.main(["--exp-dir", "experiment_pcl_3", "--no-baselines"])
 
 
+def test_the_newest_directory_is_the_one_with_the_highest_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("experiment_pcl_2", "experiment_pcl_10", "experiment_pcl_01", "experiment_pcl_x"):
+        Path(name).mkdir()
+    assert choose_directory(None, resume="") == Path("experiment_pcl_10")
+    assert choose_directory(None, resume=None) == Path("experiment_pcl_11")
+
+
+def test_a_run_from_another_runs_checkpoint_leaves_all_runs_alone(
+    folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    run(folder, *SHORT, "--exp-dir", "other")
+    run(folder, *SHORT, "--seed", 1)  # in experiment_pcl
+    before = {name: snapshot(Path(name)) for name in ("other", "experiment_pcl")}
+    checkpoint = "other/checkpoint_0000.pth.tar"
+
+    # without --exp-dir it takes the next directory
+    log = run(folder, *SHORT, "--resume", checkpoint)
+    assert len(log) == 2
+    assert_same(weights(Path("experiment_pcl_2")), weights(Path("other")))
+
+    # a directory that holds another run is refused
+    words = [folder, *SHORT, "--resume", checkpoint, "--exp-dir", "experiment_pcl"]
+    assert "holds a run at epoch 2 of 2" in fails(capsys, main_pcl.main, *words)
+    assert {name: snapshot(Path(name)) for name in before} == before
+    run(*words, "--overwrite")
+    assert_same(weights(Path("experiment_pcl")), weights(Path("other")))
+
+    # in its own directory the run goes back to the checkpoint
+    run(folder, *SHORT, "--resume", checkpoint, "--exp-dir", "other")
+    assert count_lines(Path("other/log.csv")) == 3
+
+
 def test_a_named_directory_that_holds_a_run_is_refused(folder, tmp_path, capsys):
     run(folder, *SHORT, "--exp-dir", tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
@@ -74,6 +111,63 @@ def test_a_named_directory_that_holds_a_run_is_refused(folder, tmp_path, capsys)
     assert not (tmp_path / "prototypes.png").exists()
 
 
+class Killed(Exception):
+    """Stands for the death of a process."""
+
+
+def die(*_, **__):
+    raise Killed
+
+
+def test_a_restart_does_what_its_first_start_was_to_do(folder, tmp_path, monkeypatch, capsys):
+    """torchrun starts the same command again, whatever the reason for its end."""
+    run(folder, *SHORT, "--exp-dir", tmp_path / "old")
+    before = snapshot(tmp_path / "old")
+    command = [folder, *SHORT, "--seed", 1, "--exp-dir", tmp_path / "old"]
+
+    # another run's directory is refused again
+    assert "holds a run" in fails(capsys, main_pcl.main, *command)
+    with monkeypatch.context() as restart:
+        restart.setattr(runtime.directory, "RESTARTS", 1)
+        assert "holds a run" in fails(capsys, main_pcl.main, *command)
+    assert snapshot(tmp_path / "old") == before
+
+    # a run that is to overwrite another, and dies, does not continue that one
+    with monkeypatch.context() as death, pytest.raises(Killed):
+        death.setattr(main_pcl, "build_model", die)
+        run(*command, "--overwrite")
+    with monkeypatch.context() as restart:
+        restart.setattr(runtime.directory, "RESTARTS", 1)
+        log = run(*command, "--overwrite")
+    undisturbed = run(folder, *SHORT, "--seed", 1, "--exp-dir", tmp_path / "undisturbed")
+    assert [row["loss"] for row in log] == [row["loss"] for row in undisturbed]
+
+    # a run that has begun goes on, although the command says nothing of --resume
+    command[-1] = tmp_path / "new"
+    with monkeypatch.context() as death, pytest.raises(Killed):
+        death.setattr(main_pcl, "e_step", die)
+        run(*command)
+    with monkeypatch.context() as restart:
+        restart.setattr(runtime.directory, "RESTARTS", 1)
+        assert len(run(*command)) == 2
+
+
+def test_a_restart_before_the_first_checkpoint_starts_from_the_same_file(
+    folder, tmp_path, monkeypatch, capsys
+):
+    run(folder, *SHORT, "--exp-dir", tmp_path / "old")
+    command = [folder, *SHORT, "--resume", tmp_path / "old/checkpoint_0000.pth.tar"]
+    command += ["--exp-dir", tmp_path / "new"]
+    with monkeypatch.context() as death, pytest.raises(Killed):
+        death.setattr(main_pcl, "train", die)
+        run(*command)
+    capsys.readouterr()
+    monkeypatch.setattr(runtime.directory, "RESTARTS", 1)
+    run(*command)
+    assert "resumed at epoch 1" in capsys.readouterr().out
+    assert_same(weights(tmp_path / "new"), weights(tmp_path / "old"))
+
+
 def test_resuming_a_finished_run_writes_nothing(folder, tmp_path, capsys):
     log = run(folder, *SHORT, "--exp-dir", tmp_path)
     before = snapshot(tmp_path)
@@ -83,6 +177,28 @@ def test_resuming_a_finished_run_writes_nothing(folder, tmp_path, capsys):
 
 
 # -- changes on resuming ---------------------------------------------------------------------------
+@pytest.mark.parametrize("optim", ["sgd", "lamb"])
+def test_weight_decay_and_momentum_can_change_on_resuming(folder, tmp_path, optim):
+    options = [folder, *TINY, "--optim", optim, "--exp-dir", tmp_path]
+    run(*options, "--epochs", 1, "--wd", 0.5, "--momentum", 0.5)
+    run(*options, "--epochs", 2, "--wd", 0.25, "--momentum", 0.75, "--resume")
+    groups = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["optimizer"][
+        "param_groups"
+    ]
+    assert {group["weight_decay"] for group in groups} - {0} == {0.25}
+    if optim == "sgd":
+        assert {group["momentum"] for group in groups} == {0.75}
+
+
+def test_a_run_continues_without_the_file_it_started_from(folder, tmp_path):
+    run(folder, *SHORT, "--exp-dir", tmp_path / "first")
+    start = shutil.copy(tmp_path / "first/checkpoint.pth.tar", tmp_path)
+    options = [folder, *TINY, "--init", start, "--exp-dir", tmp_path / "second"]
+    run(*options, "--epochs", 1)
+    Path(start).unlink()
+    assert len(run(*options, "--epochs", 2, "--resume")) == 2
+
+
 def test_changes_on_resuming_are_named_and_some_refused(folder, tmp_path, capsys):
     run(folder, *SHORT, "--exp-dir", tmp_path)
     before = snapshot(tmp_path)

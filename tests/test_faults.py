@@ -207,7 +207,7 @@ def test_on_a_signal_a_run_finishes_its_step_saves_and_ends(
         assert "--resume" in capfd.readouterr().err
         assert position(tmp_path) == expected
 
-    assert "batch_size 8 -> 12 cannot change" in fails(capfd, main_pcl.main, *options, "-b", 12)
+    assert "cannot change batch_size 8 -> 12" in fails(capfd, main_pcl.main, *options, "-b", 12)
     run(*options)
     assert steps.calls == 24  # no step was taken twice
     assert_same(whole, weights(tmp_path))

@@ -242,7 +242,7 @@ def test_skipped_steps_are_shown_and_too_many_in_a_row_stop_the_run(
     options += ["--epochs", 4, "--exp-dir", tmp_path]
     log = run(*options)
     assert 0 < log[0]["skipped"] <= log[-1]["skipped"] < 12
-    assert "steps skipped" in capsys.readouterr().out
+    assert "steps skipped so far" in capsys.readouterr().out
 
     monkeypatch.setattr(main_pcl, "MAX_SKIPPED", 1)
     with pytest.raises(SystemExit, match="epoch 0, step 1"):
@@ -271,8 +271,9 @@ def test_resuming_equals_never_having_stopped(folder, tmp_path, monkeypatch):
     assert_same(weights(whole), weights(parts))
 
     # from an earlier checkpoint of another run
-    run(*options, "--exp-dir", parts, "--resume", whole / "checkpoint_0000.pth.tar")
-    assert_same(weights(whole), weights(parts))
+    third = tmp_path / "third"
+    run(*options, "--exp-dir", third, "--resume", whole / "checkpoint_0000.pth.tar")
+    assert_same(weights(whole), weights(third))
 
 
 def test_the_number_of_workers_changes_nothing(mixed, tmp_path, monkeypatch):
@@ -338,6 +339,7 @@ def log_of(*figures):
     [
         ([(50, 80), (99.9, 70)], 60, True),  # kNN is falling
         ([(99.9, 60.5)], 60, True),  # nothing was learned
+        ([(99.9, 100)], 99.5, False),  # there was nothing to learn
         ([(50, 80), (99.9, 85)], 60, False),
         ([(50, 80), (98, 60)], 60, False),
         ([(99.9, None)], None, False),
