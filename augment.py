@@ -39,7 +39,8 @@ class Draws(NamedTuple):
     jitter: torch.Tensor  # (N, 4) change of brightness, contrast, saturation and hue
     chances: torch.Tensor  # (N, len(CHANCES)) one per operation, applied if below its chance
     blur_sigma: torch.Tensor  # (N, 1) standard deviation of the blur
-    jitter_order: torch.Tensor  # (N, 4) equal rows; the lowest number's operation comes first
+    # (N, 4) the first row holds for all views; the operation with the lowest number comes first
+    jitter_order: torch.Tensor
 
     @classmethod
     def split(cls, draws):
@@ -105,7 +106,7 @@ class RandomView:
         """
         draws = torch.rand(2, n, cls.DRAWS, generator=torch.Generator().manual_seed(seed))
         jitter_order = Draws.split(draws).jitter_order
-        jitter_order[:] = jitter_order[0, 0]  # all views share one order
+        jitter_order[:] = jitter_order[0, 0]  # all views of a step share one order
         return draws
 
     def two_views(self, images, draws):

@@ -164,8 +164,8 @@ def _torch_kmeans(features, k, niter, seed, start, device="cuda"):
             size += number.bincount(minlength=k)
         centroids = sums / size.clamp(min=1)[:, None]
 
-        # Fill each empty cluster with half of another one, as faiss does. Large clusters are more
-        # likely to be split.
+        # Fill each empty cluster with half of another one, much as faiss does. Large clusters are
+        # more likely to be split. Halves of the same one coincide until later iterations.
         empty = (size == 0).nonzero()[:, 0]
         chances = (size.cpu().numpy() - 1).clip(0).astype(float)
         if len(empty) and chances.any():

@@ -1,10 +1,11 @@
 """What the features of a checkpoint are worth: linear probe, kNN, and clusters against classes.
 
 The backbone is frozen. Its features are the average-pooled ones, before the projection head. The
-table compares the trained network with the network that training started from and with raw pixels.
-The linear probe has two protocols: `fast`, logistic regression on the features of centre crops, and
-`moco`, the published one (arXiv 1911.05722, section 4.1). If the largest class has over ten times
-the training images of the smallest, frequent, middle and rare classes get figures of their own.
+table compares the trained network with an untrained one, or the --init it started from, and with
+raw pixels. The linear probe has two protocols: `fast`, logistic regression on the features of
+centre crops, and `moco`, the published one (arXiv 1911.05722, section 4.1). If the largest class
+has over ten times the training images of the smallest, frequent, middle and rare classes get
+figures of their own.
 
     # the latest checkpoint of the newest default run; three runs: mean and standard deviation
     python eval_lincls.py
@@ -110,8 +111,8 @@ def get_parser():
         choices=("fast", "moco"),
         default="fast",
         help="linear probe. fast: logistic regression on stored features, to its optimum; moco: "
-        "SGD on random crops for 100 epochs, as published, to compare with published figures; of "
-        "the trained network alone; default: fast",
+        "SGD on random crops for 100 epochs, as published, for comparison with published figures "
+        "and for the trained network alone; default: fast",
     )
     add(
         "--knn-k",
@@ -188,7 +189,7 @@ def get_parser():
         "--seed",
         type=cli.nonnegative_int,
         default=0,
-        help="of the probes, the clustering and the untrained network",
+        help="random seed of the probes, the clustering and the untrained network",
     )
     return parser
 
@@ -234,7 +235,7 @@ def main(argv=None):
 def find_checkpoints(args):
     """The paths of the checkpoints to evaluate.
 
-    Ends the program in one line if one is missing, or if the arguments do not fit each other.
+    Ends the program in one line if one is missing, or if the arguments contradict each other.
     """
     if args.pretrained and not args.data:
         cli.fail(
@@ -352,7 +353,9 @@ def prepare(path, args, device, built):
     if not datasets.has_labels:
         header.append("note: there are no labels, so no figures; --clusters is written")
     elif not datasets.labelled:
-        header.append("note: clusters alone: linear probe and kNN need labels in both parts")
+        header.append(
+            "note: only clusters are evaluated: linear probe and kNN need labels in both parts"
+        )
 
     # networks
     torch.manual_seed(args.seed)
@@ -490,7 +493,7 @@ def build(found, path, image_size, trained_size=None):
 
 
 def build_start(found, init, path, image_size):
-    """The network that training started from: an untrained one, or that of --init.
+    """What to compare the trained network with: an untrained one, or the --init it started from.
 
     found: the trained network. init: the file of --init, or None.
     Returns the name of its row in the table, the encoder, and a list of lines to print.
@@ -599,14 +602,7 @@ def extract_all(network, images, args, device):
     Raises DataError, with the image's number, if a feature is not finite or too large to square.
     """
     rank, world = get_rank_and_world()
-    loader = DataLoader(
-        images,
-        args.batch_size,
-        sampler=range(rank, len(images), world),
-        collate_fn=identity_collate,
-        num_workers=args.workers,
-        worker_init_fn=distributed.ignore_stop_signals,
-    )
+    loader = make_loader(images, args.batch_size, range(rank, len(images), world), args.workers)
     features, _ = extract_features(loader, lambda x: network(normalize(x)), device)
     distributed.set_where_any_rank_has(images.source.broken)  # their labels do not count
     fits = features.abs().amax(1) <= LARGEST  # not so for nan
@@ -616,12 +612,24 @@ def extract_all(network, images, args, device):
     return features.to(device)
 
 
+def make_loader(images, batch_size, sampler, workers):
+    """A DataLoader over the Images that `sampler` names."""
+    return DataLoader(
+        images,
+        batch_size,
+        sampler=sampler,
+        collate_fn=identity_collate,
+        num_workers=workers,
+        worker_init_fn=distributed.ignore_stop_signals,
+    )
+
+
 def probes(train, val, datasets, scores, args):
     """Figures of the linear probe and of kNN, {figure: percent}. Unlabelled images are left out.
 
     train: (M, D) features. val: (n, D) features. scores: (n, classes) of the held-out images by the
-    published probe, or None: with --protocol moco the
-    baselines have none, and no linear figure.
+        published probe, or None. With --protocol moco the baselines have no scores, and so no
+        linear figure.
     """
     device = train.device
     num_classes = len(datasets.classes)
@@ -711,14 +719,8 @@ def published_probe(network, val, datasets, store, args):
     def batches(epoch):
         sampler.set_epoch(epoch)
         images.set_epoch(epoch)
-        loader = DataLoader(
-            images,
-            batch_size // world,
-            sampler=labelled[list(sampler)].tolist(),
-            collate_fn=identity_collate,
-            num_workers=args.workers,
-            worker_init_fn=distributed.ignore_stop_signals,
-        )
+        order = labelled[list(sampler)].tolist()
+        loader = make_loader(images, batch_size // world, order, args.workers)
         bar = cli.Progress(loader, desc=f"probe, epoch {epoch} of {EPOCHS}", disable=rank > 0)
         for views, index in bar:
             with torch.no_grad():
@@ -826,11 +828,8 @@ def choose_map(subject, result, earlier):
 @cli.phase("drawing map.png")
 def draw_map(file, datasets, val, levels):
     """Draw the held-out images by their features `val` (n, D), and a prototype per class."""
-    (prototypes,) = (
-        clusters.centroids
-        for clusters in levels
-        if len(clusters.centroids) == one_per_class(datasets)
-    )
+    by_number = {len(clusters.centroids): clusters.centroids for clusters in levels}
+    prototypes = by_number[one_per_class(datasets)]
     with cli.warn_if_unwritable(file):
         report.draw_map(file, val, datasets.val.labels, datasets.classes, prototypes)
 
@@ -869,7 +868,7 @@ def summarize(subjects, results):
     """Mean and standard deviation over several results, both as {row: {figure: number}}.
 
     A row that is the same network on the same data in all results is one measurement: it has no
-    deviation. So have figures that are in one result alone.
+    deviation. Nor does a figure that only one result has.
     """
     mean = {}
     deviation = {}

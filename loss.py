@@ -41,10 +41,10 @@ def proto_nce(q, index, clusters, num_negatives):
     clusters: one (im2cluster (M,) int64, centroids (K, D) unit rows, density (K,)) per granularity,
         on the device of q. The density is the paper's concentration phi: the temperature of each
         prototype.
-    num_negatives: the number of negatives to draw, without replacement, from the prototypes that
-        no sample of the batch has. If there are no more than that, all are taken and nothing is
-        random. The other samples' prototypes are negatives as well. A prototype that several
-        samples share counts once.
+    num_negatives: the number of negatives to draw, without replacement, from the prototypes to
+        which no sample of the batch belongs. If there are at most num_negatives + 1 prototypes in
+        all, all are used and nothing is drawn. The other samples' prototypes are negatives as well.
+        A prototype that several samples share counts once.
     Returns (loss, acc), two scalars: the mean loss in nats and the top-1 accuracy in percent, both
         averaged over the granularities.
     Raises ValueError if the batch or the list of clusters is empty, because then there is no mean.

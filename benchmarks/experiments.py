@@ -565,7 +565,10 @@ def other_linear_of(row):
 
 
 def training_cost(directory):
-    """The number of views that a run's encoders have processed, and the minutes of its steps."""
+    """The number of large views that a run's encoders have processed, and the minutes of its steps.
+
+    Small crops are not counted.
+    """
     log = read(directory / "log.csv")
     args = json.loads((directory / "args.json").read_text())
     images = main_pcl.build_datasets(args["data"], args["image_size"]).train

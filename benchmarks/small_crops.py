@@ -30,6 +30,8 @@ class SmallViews(RandomView):
     """The two views of every image, with two small crops behind the columns of each."""
 
     def two_views(self, images, draws):
+        if not self.crop:
+            raise ValueError("small crops are cut from whole images, which are those in memory")
         views = super().two_views(images, draws)
         small_view = dataclasses.replace(self, size=SIDE, crop_min=SMALLEST)
         seed = int(draws[0, 0, 0] * 2**31)  # another one in every step
@@ -60,7 +62,7 @@ def unpack(packed):
 
 
 class SmallQueries(MoCo):
-    """MoCo that also queries with the small crops. For one process."""
+    """MoCo that also queries with the small crops. For one process without CUDA graphs."""
 
     def forward(self, im_q, im_k, clustering=False):
         """1 + CROPS times as many rows of q, k and c: of the views, then of each crop."""

@@ -127,7 +127,7 @@ def amount(text):
     """An argparse type for a fraction below 1 or a whole number."""
     value = positive_float(text)
     if value > 1 and value != int(value):
-        raise argparse.ArgumentTypeError(f"must be a fraction below 1 or a number, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a fraction below 1 or a whole number: {text}")
     return value
 
 

@@ -61,7 +61,7 @@ def format_epoch(row):
         f"lr {row['lr']:.4f}  {row['images_per_second']:.0f} images/s"
     )
     if row["skipped"]:
-        line += f"  {row['skipped']} steps skipped"
+        line += f"  steps skipped so far: {row['skipped']}"
     if row["knn"] is not None:
         line += f"  kNN {row['knn']:.1f}"
     return line

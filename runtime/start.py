@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 
-PATIENCE = 5  # seconds to show and keep what there is after Ctrl-C
+PATIENCE = 5  # seconds after Ctrl-C to print and save what has been measured
 process = os.getpid()  # forked loader workers have another one
 again = "start again with the same command"  # how to go on
 is_caught = False  # whether errors_in_one_line is there to catch KeyboardInterrupt
@@ -18,8 +18,8 @@ is_interrupted = False
 def interrupt(*_):
     """Signal handler: say that the program ends and how to go on, and raise KeyboardInterrupt.
 
-    Where nothing would catch it, the program ends at once. A library may wait for a worker that has
-    ended as well, so the program ends after PATIENCE seconds in any case.
+    Where nothing would catch it, the program ends at once. A library may wait forever for a worker
+    that Ctrl-C has ended too, so the program ends after PATIENCE seconds in any case.
     """
     global is_interrupted
     if os.getpid() != process:  # a loader worker that has just been forked

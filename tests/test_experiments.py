@@ -138,6 +138,8 @@ def test_small_crops_are_further_queries(patch):
         patch(name)
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
     draws = main_pcl.RandomView.draw(8, seed=0)
+    with pytest.raises(ValueError, match="in memory"):
+        main_pcl.RandomView(32, crop=False).two_views(images[:, None].repeat(1, 2, 1, 1, 1), draws)
     im_q, im_k = main_pcl.RandomView(32).two_views(images, draws)
     expected = RandomView(32).two_views(images, draws)
     view, crops = small_crops.unpack(im_q)
