@@ -16,10 +16,10 @@ Each data set has a letter: C is all of CIFAR-10; P is photographs, a part of it
 of Fashion-MNIST, whose largest class has a hundred times as many as the smallest. experiments.ini
 lists the arms of each experiment, and the data sets it runs on.
 
-A run is identified by its command. Arms with the same command share one run, and a row of
-experiments.csv belongs to the arms with its command. If a run stops early because its loss is not
-finite, its row has only the training accuracies of its last whole epoch. The column `minutes` is
-the time spent on training steps.
+A run is identified by its command and has one row in experiments.csv. The row belongs to the arms
+with its command, in all experiments. If a run stops early because its loss is not finite, its row
+has only the training accuracies of its last whole epoch. The column `minutes` is the time spent on
+training steps.
 
 The exit status is 2 if the command line or the data is wrong, which is checked before the first
 run, and 1 if runs have failed.
@@ -85,8 +85,7 @@ HELD_OUT = [200] * CLASSES
 
 # experiments.csv
 FIGURES = ("linear", "knn", "nmi", "ami", "acc", "acc_inst", "acc_proto")
-COLUMNS = ["experiment", "data", "arm", "seed", *FIGURES, "other_linear"]
-COLUMNS += ["images_seen", "minutes", "command", "commit"]
+COLUMNS = ["data", "seed", *FIGURES, "other_linear", "images_seen", "minutes", "command", "commit"]
 
 # the tables, {column: figure}
 MEANS = {"linear": "linear", "kNN": "knn", "acc": "acc", "acc_inst": "acc_inst"}
@@ -387,59 +386,48 @@ def read(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def key_of(row):
-    """What identifies a row of experiments.csv."""
-    return row["experiment"], row["command"]
-
-
 def rows_of(name, rows):
-    """The rows of an experiment, arm by arm: yields (data, arm, rows of all seeds).
+    """The rows of an experiment, arm by arm: yields (data, arm, rows of all seeds in order).
 
     Arms without rows are left out.
     """
-    rows = [row for row in rows if row["experiment"] == name]
+    stored = {row["command"]: row for row in rows}
+    seeds = sorted({int(row["seed"]) for row in rows})
     for data in EXPERIMENTS[name]["data"]:
         for arm, flags in EXPERIMENTS[name]["arms"].items():
-            found = [row for row in rows if row["command"] == command_of(data, flags, row["seed"])]
+            commands = [command_of(data, flags, seed) for seed in seeds]
+            found = [stored[command] for command in commands if command in stored]
             if found:
                 yield data, arm, found
 
 
 # -- running ---------------------------------------------------------------------------------------
 def run_missing(args, places, path):
-    """Run each command without a row in the file `path`, and append its rows.
+    """Run each command without a row in the file `path`, and append its row.
 
-    A command gets one row for each experiment that it belongs to.
     places: {letter: path} of the data sets to run on.
     Returns the number of runs that failed.
     """
-    stored = read(path)
-    known = {row["command"]: row for row in stored}
-    jobs = list_jobs(args, places, {key_of(row) for row in stored})
-    check_patches(jobs)
+    jobs = list_jobs(args, places, {row["command"] for row in read(path)})
+    check_patches(job["command"] for job in jobs)
     failed = 0
-
-    def figures(command):
-        if command in known:  # another experiment has run it
-            return command, known[command]
-        return command, run(jobs[command][0], places, args.runs)
 
     # Ctrl-C ends the runs and leaves this block, which drops the jobs that are left
     with ThreadPool(args.n) as pool:
-        for command, found in pool.imap_unordered(figures, jobs):
-            if found is None:
+        for row in pool.imap_unordered(partial(run, places=places, runs=args.runs), jobs):
+            if row is None:
                 failed += 1
             else:
-                append([found | row for row in jobs[command]], path)
+                append(row, path)
     return failed
 
 
 def list_jobs(args, places, stored):
-    """The commands to run: {command: its rows, without figures}.
+    """The runs to do, each once: a list of {"data": letter, "seed": seed, "command": command}.
 
-    places: {letter: path} of the data sets to run on. stored: keys of the rows that are there.
+    places: {letter: path} of the data sets to run on. stored: the commands that have a row.
     """
-    jobs = {}
+    jobs = {}  # {command: job}
     for name in args.experiments:
         arms = EXPERIMENTS[name]["arms"]
         chosen = [arm for arm in args.arms or arms if arm in arms]
@@ -448,43 +436,40 @@ def list_jobs(args, places, stored):
                 continue
             for arm in chosen:
                 for seed in args.seeds:
-                    row = {"experiment": name, "data": data, "arm": arm, "seed": seed}
-                    row["command"] = command_of(data, arms[arm], seed)
-                    if key_of(row) not in stored:
-                        jobs.setdefault(row["command"], []).append(row)
-    return jobs
+                    command = command_of(data, arms[arm], seed)
+                    if command not in stored:
+                        jobs[command] = {"data": data, "seed": seed, "command": command}
+    return list(jobs.values())
 
 
-def append(rows, path):
-    """Append rows to the file `path`, unless another process has written them meanwhile."""
-    stored = {key_of(row) for row in read(path)}
+def append(row, path):
+    """Append a row to the file `path`, unless another process has written it meanwhile."""
+    if row["command"] in {stored["command"] for stored in read(path)}:
+        return
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
-        for row in rows:
-            if key_of(row) not in stored:
-                writer.writerow(row)
-                stored.add(key_of(row))
+        writer.writerow(row)
 
 
-def run(row, places, runs):
-    """Train and evaluate with row["command"]. A run that was interrupted continues.
+def run(job, places, runs):
+    """Train and evaluate with job["command"]. A run that was interrupted continues.
 
-    places: {letter: path} of the data sets. runs: the directory of all runs.
-    Returns the row with all its columns, or None if the run failed.
+    job: one of list_jobs. places: {letter: path} of the data sets. runs: the directory of all runs.
+    Returns the row of experiments.csv, or None if the run failed.
     """
-    directory = directory_of(row["command"], runs)
+    directory = directory_of(job["command"], runs)
     directory.mkdir(parents=True, exist_ok=True)
     output = directory / "output.txt"
     commit = current_commit()
 
-    words = [places.get(word, word) for word in row["command"].split()[1:]]
+    words = [places.get(word, word) for word in job["command"].split()[1:]]
     status = launch([*words, "--exp-dir", directory, "--resume"], output)
     if status == 0:
         evaluation = ["eval_lincls.py", "--exp-dir", directory, "--no-baselines"]
-        if row["data"] in FEW_LABELS:
-            evaluation += ["--labels", *FEW_LABELS[row["data"]]]
+        if job["data"] in FEW_LABELS:
+            evaluation += ["--labels", *FEW_LABELS[job["data"]]]
         status = launch(evaluation, output)
     last_words = output.read_text()[-500:]
     if status != 0 and not any(message in last_words for message in DIVERGED):
@@ -492,7 +477,7 @@ def run(row, places, runs):
         return None
 
     figures = training_figures(directory)
-    if "lightly" in row["command"]:  # these methods have no such accuracies
+    if "lightly" in job["command"]:  # these methods have no such accuracies
         figures = {}
     if status == 0:
         figures |= evaluation_figures(directory)
@@ -501,7 +486,7 @@ def run(row, places, runs):
     figures["other_linear"] = other_linear
     images_seen, minutes = training_cost(directory)
     costs = {"images_seen": images_seen, "minutes": f"{minutes:.1f}", "commit": commit}
-    return row | figures | costs
+    return job | figures | costs
 
 
 def current_commit():
