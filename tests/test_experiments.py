@@ -395,6 +395,24 @@ def test_a_run_becomes_a_row_once(fake, tmp_path, capsys):
     assert len(experiments.read(path)) == 9
 
 
+def test_an_arm_has_the_rows_of_its_command_in_the_order_of_their_seeds(monkeypatch):
+    arms = {"a": "--lr 0.1", "b": "--lr 0.2"}
+    experiment = {"data": "PD", "question": "?", "arms": arms}
+    monkeypatch.setitem(experiments.EXPERIMENTS, "one", experiment)
+    monkeypatch.setitem(experiments.DATA_FLAGS, "P", "--cos")
+    monkeypatch.setitem(experiments.DATA_FLAGS, "D", "--cos")
+    rows = [
+        {"seed": "10", "command": "python main_pcl.py P --cos --lr 0.1 --seed 10"},
+        {"seed": "1", "command": "python main_pcl.py --cos --lr 0.1 --seed 1"},
+        {"seed": "2", "command": "python main_pcl.py P --cos --lr 0.1 --seed 2"},
+        {"seed": "0", "command": "python main_pcl.py F --cos --lr 0.1 --seed 0"},
+        {"seed": "0", "command": "python main_pcl.py --cos --lr 0.2 --seed 0"},
+        {"seed": "0", "command": "python main_pcl.py P --cos --lr 0.1 --wd 0 --seed 0"},
+    ]
+    found = list(experiments.rows_of("one", rows))
+    assert found == [("P", "a", [rows[2], rows[0]]), ("D", "a", [rows[1]]), ("D", "b", [rows[4]])]
+
+
 def test_the_table_has_means_differences_and_stopped_runs(fake, tmp_path, capsys):
     fake.main("one", "0", "1")
     rows = experiments.read(tmp_path / "experiments.csv")
@@ -574,6 +592,18 @@ def test_the_readmes_tables_are_those_of_the_stored_rows():
             assert tables == [experiments.table(name, rows)], f"the table of {name} is another one"
             shown.append(name)
     assert sorted(shown) == sorted(names)
+
+
+def test_every_stored_row_is_the_only_one_of_its_command_and_belongs_to_an_arm():
+    rows, names = stored_rows()
+    commands = [row["command"] for row in rows]
+    assert len(set(commands)) == len(commands)
+
+    used = set()
+    for name in names:
+        for _, _, found in experiments.rows_of(name, rows):
+            used.update(row["command"] for row in found)
+    assert set(commands) - used == set()
 
 
 # -- data ------------------------------------------------------------------------------------------
