@@ -310,10 +310,8 @@ def stop_if_diverged(run, step, figures):
 
 def end_diverged_run(run, problem):
     """End the program in one line: the problem, and what to try."""
-    raise SystemExit(
-        f"stopped at epoch {run.epoch}, {problem}. Try a lower --lr, a longer --lr-warmup, or "
-        "--clip-grad 1"
-    )
+    advice = "Try a lower --lr, a longer --lr-warmup, or --clip-grad 1"
+    raise SystemExit(cli.in_one_line(f"stopped at epoch {run.epoch}, {problem}. {advice}"))
 
 
 @cli.phase("E-step")

@@ -1,7 +1,8 @@
 """Run the experiments behind results/: arms that differ in one thing, each with several seeds.
 
-    # make the data: 1,000 training and 200 held-out images of each class
-    python benchmarks/experiments.py --make-data path/to/cifar10 P         # from train/ and test/
+    # make the data: C is downloaded; P and F are 1,000 training and 200 held-out images per class
+    python benchmarks/experiments.py --make-data cifar10 C
+    python benchmarks/experiments.py --make-data C P                       # from train/ and test/
     python benchmarks/experiments.py --make-data path/to/fashion-mnist F   # from its *-ubyte.gz
 
     # train and evaluate what has no row in results/experiments.csv yet, two runs at a time;
@@ -44,6 +45,7 @@ import sys
 import tempfile
 import textwrap
 import zlib
+from collections import Counter
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -56,6 +58,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.nn import BatchNorm1d, Conv2d, Linear, ReLU, Sequential  # noqa: E402
+from torchvision.datasets import CIFAR10  # noqa: E402
 
 import data as data_sets  # noqa: E402
 import loss  # noqa: E402
@@ -765,18 +768,35 @@ def draw_curve(ax, log, curve, color):
 def make_data(source, out, sizes):
     """Write the first training images and 200 held-out images of each class to the folder `out`.
 
-    source: a folder with train/CLASS/ and test/CLASS/, or with Fashion-MNIST's *-ubyte.gz.
+    source: a folder with train/CLASS/ and test/CLASS/, or with Fashion-MNIST's *-ubyte.gz. Or
+        cifar10, which is downloaded and written whole.
     sizes: the number of training images of each class.
     """
     try:
+        if source == Path("cifar10") and not source.exists():
+            write_cifar10(out)
+            return
         copy_images(source / "train", out / "train", sizes)
         copy_images(source / "test", out / "test", HELD_OUT)
         if not (source / "train").exists():
             unpack_fashion_mnist(source, "train", out / "train", sizes)
         if not (source / "test").exists():
             unpack_fashion_mnist(source, "t10k", out / "test", HELD_OUT)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, zlib.error) as error:
         cli.fail(f"cannot make data from {source}: {cli.format_error(error)}")
+
+
+def write_cifar10(out):
+    """Write all of CIFAR-10 to the folder `out`, as JPEG files of quality 75."""
+    for part, is_train in (("train", True), ("test", False)):
+        images = CIFAR10("datasets", train=is_train, download=True)
+        written = Counter()  # {class: images}
+        for image, label in images:
+            name = images.classes[label]
+            path = out / part / name / f"{written[name]:04}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path, quality=75)
+            written[name] += 1
 
 
 def copy_images(source, out, sizes):
@@ -936,8 +956,8 @@ def get_parser():
         nargs="+",
         default=["D"],
         metavar="P=DIR",
-        help="data sets to run on, and their folders: P=DIR, F=DIR, or D, which needs no folder; "
-        "an experiment skips those it does not use; default: D",
+        help="data sets to run on, and their folders: C=DIR, P=DIR, F=DIR, L=DIR, M=DIR, or D, "
+        "which needs no folder; an experiment skips those it does not use; default: D",
     )
     add(
         "--arms",
@@ -981,7 +1001,8 @@ def get_parser():
         type=Path,
         metavar=("SOURCE", "DIR"),
         help="make P or F in DIR and do nothing else; SOURCE is a folder with train/CLASS/ and "
-        "test/CLASS/, or with Fashion-MNIST's four *-ubyte.gz",
+        "test/CLASS/, or with Fashion-MNIST's four *-ubyte.gz; or make C: SOURCE is cifar10, "
+        "which is downloaded",
     )
     add("--long-tailed", action="store_true", help="with --make-data: make L or M instead")
     return parser

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from runtime.cli import in_one_line, say
+from runtime.cli import say
 from runtime.directory import write_atomically
 from runtime.distributed import get_rank_and_world
 
@@ -276,14 +276,17 @@ def draw_map(path, features, labels, classes, prototypes):
     colors = class_colors(len(classes))
     with new_figure(path, 7.5, 6, layout="constrained") as figure:
         axes = figure.add_subplot(
-            title=f"{n} images, {k} prototypes", aspect=1, frame_on=False, xticks=[], yticks=[]
+            title=f"t-SNE of {n} images and {k} prototypes",
+            aspect=1,
+            frame_on=False,
+            xticks=[],
+            yticks=[],
         )
         size = np.clip(6000 / n, 5, 18)
         axes.scatter(x[:n], y[:n], size, colors[labels[chosen]], lw=0)
         if has_legend:
             for name, color in zip(classes, colors, strict=False):
-                # the space keeps names with "_" from being hidden, "\$" is no formula
-                label = " " + in_one_line(name[:30]).replace("$", r"\$")
+                label = " " + display_name(name, 30)  # the space keeps "_" from hiding the name
                 axes.plot([], [], "o", color=color, label=label)
         size = np.clip(80 / k**0.5, 4, 10)
         axes.plot(x[n:], y[n:], "w*", mec="black", mew=0.6, ms=size, label=" prototype")

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import io
 import itertools
 import json
 import re
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, fails, run, state
 from matplotlib.figure import Figure
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import experiments
@@ -651,3 +653,35 @@ def test_long_tailed_classes_fall_by_a_factor_of_a_hundred(tmp_path):
     assert sorted(path.name for path in tailed.glob("train/b/*"))[-1] == "0003.png"
     assert len(list(tailed.glob("train/b/*"))) == 4
     assert len(list(tailed.glob("test/*/*"))) == 6
+
+
+def test_cifar10_is_downloaded_and_written_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    class Downloaded(list):
+        classes = ("airplane", "bird")
+
+        def __init__(self, root, train, download):
+            assert download
+            pixels = torch.randint(256, (6 if train else 4, 8, 8, 3), dtype=torch.uint8)
+            super().__init__((Image.fromarray(x.numpy()), i % 2) for i, x in enumerate(pixels))
+            if train:
+                training.extend(self)
+
+    training = []
+    monkeypatch.setattr(experiments, "CIFAR10", Downloaded)
+    experiments.main(["--make-data", "cifar10", "C"])
+    assert len(list(Path("C/test").glob("*/*.jpg"))) == 4
+    for i, (image, label) in enumerate(training):
+        path = Path("C/train") / Downloaded.classes[label] / f"000{i // 2}.jpg"
+        file = io.BytesIO()
+        image.save(file, "jpeg", quality=75)
+        assert path.read_bytes() == file.getvalue()
+
+    # without a network
+    def fail_to_download(*_, **__):
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr(experiments, "CIFAR10", fail_to_download)
+    command = ["--make-data", "cifar10", "D"]
+    assert "cannot make data from cifar10" in fails(capsys, experiments.main, *command)

@@ -235,7 +235,7 @@ def test_map(draw, monkeypatch, n, k, num_classes):
     prototypes = min(k, 1000)
     dots = axes.collections[0]
     stars = axes.lines[-1].get_xdata()
-    assert axes.get_title() == f"{shown} images, {prototypes} prototypes"
+    assert axes.get_title() == f"t-SNE of {shown} images and {prototypes} prototypes"
     assert axes.get_aspect() == 1
     assert len(stars) == prototypes
     assert np.isfinite(dots.get_offsets()).sum() == 2 * shown

@@ -52,11 +52,11 @@ EDITS = [snippet for snippet in PYTHON if is_edit(snippet)]
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_a_snippet_runs_as_it_stands(snippet, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    if "resnet.pth" in snippet:
-        export("resnet.pth", build_encoder("resnet50"), "resnet50", False)
-    if "resnet_small.pth" in snippet:
+    if "small_images" in snippet:
         small = build_encoder("resnet18", small_images=True)
-        export("resnet_small.pth", small, "resnet18", True)
+        export("resnet.pth", small, "resnet18", True)
+    elif "resnet.pth" in snippet:
+        export("resnet.pth", build_encoder("resnet50"), "resnet50", False)
     exec(compile(snippet, "snippet", "exec"), {})
     if "resnet" in snippet and "MoCo" not in snippet:
         assert capsys.readouterr().out == "['fc.weight', 'fc.bias']\n"
