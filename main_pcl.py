@@ -568,7 +568,7 @@ def plain_loader(images, index, args):
 
 
 def is_milestone(epoch, epochs):
-    """Whether `epoch` keeps a checkpoint and a picture: every tenth of the run at least, and last."""
+    """Whether `epoch` keeps a checkpoint and a picture: every tenth of the run, and at its end."""
     return epoch == epochs - 1 or (epoch + 1) % max(1, epochs // 10) == 0
 
 
@@ -968,8 +968,8 @@ def add_optimization_arguments(add):
         "--amp-dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="auto: bf16 if the device has it, otherwise fp16 with a gradient scaler, for which the "
-        "host waits in every step",
+        help="auto: bf16 if the device has it, otherwise fp16 with a gradient scaler, for "
+        "which the host waits in every step",
     )
     add(
         "--cuda-graphs",
