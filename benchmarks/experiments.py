@@ -79,7 +79,8 @@ DATA_FLAGS = {
 CLASSES = 10  # every data set has ten
 
 # probes with few labels: a fraction of them, or a number per class (--labels of eval_lincls.py)
-FEW_LABELS = {"C": ["0.01"], "P": ["1", "5", "20"], "F": ["1", "5", "20"]}
+FEW_LABELS = {"C": ["0.01"], "L": ["20"], "M": ["20"]}
+FEW_LABELS |= {"P": ["1", "5", "20"], "F": ["1", "5", "20"]}
 
 # training images of each class: of P and F; of L and M, which are 10,000 as well
 BALANCED = [1000] * CLASSES
