@@ -610,7 +610,10 @@ def build_optimizer(model, args):
         options["max_grad_norm"] = None  # clipping is --clip-grad's
     if args.optim == "lars":
         options["momentum"] = args.momentum
-    return create_optimizer_v2(model, args.optim, lr=args.lr, weight_decay=args.wd, **options)
+    optimizer = create_optimizer_v2(model, args.optim, lr=args.lr, weight_decay=1, **options)
+    for group in optimizer.param_groups:  # the same groups for a decay of 0: --wd can change to it
+        group["weight_decay"] *= args.wd
+    return optimizer
 
 
 def autocast(args, **options):
@@ -1107,9 +1110,11 @@ def refuse_other_arguments(args):
 def find_initial_weights(args):
     """The weights in --init, or None. Sets --arch and --stem to theirs unless they are given.
 
-    A run that continues from a checkpoint does not need them.
+    A run that --resume continues does not need them. A restart without --resume, whose command
+    may not name --arch, does.
     """
-    if not args.init or checkpoint.find(Path(args.exp_dir), args.resume):
+    continues = args.resume is not None and checkpoint.find(Path(args.exp_dir), args.resume)
+    if continues or not args.init:
         return None
     init = weights.find(checkpoint.read(args.init), args.init)
     if args.arch is None:

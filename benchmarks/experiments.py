@@ -655,7 +655,7 @@ def draw(name, rows, runs, path):
             first_rows[arm] = found[0]
     if not logs:
         return
-    figure = draw_worth(logs["C"], first_rows) if "C" in logs else draw_blocks(logs)
+    figure = draw_worth(logs["C"], first_rows) if name == "C" else draw_blocks(logs)
     figure.suptitle(EXPERIMENTS[name]["question"])
     figure.savefig(path, dpi=100)
 
@@ -1019,6 +1019,8 @@ def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.make_data:
+        if args.long_tailed and args.make_data[0] == Path("cifar10"):
+            cli.fail("cifar10 is written whole; make L from it: --make-data C L --long-tailed")
         make_data(*args.make_data, LONG_TAILED if args.long_tailed else BALANCED)
         return 0
     if args.long_tailed:

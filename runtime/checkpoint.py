@@ -31,7 +31,7 @@ PER_START = (
     "compile",
 )
 # arguments that a resumed run cannot change: at all, or within an epoch
-FIXED = ("arch", "stem", "image_size", "low_dim", "mlp", "cluster_head", "pcl_r", "optim")
+FIXED = ("arch", "init", "stem", "image_size", "low_dim", "mlp", "cluster_head", "pcl_r", "optim")
 FIXED_WITHIN_EPOCH = ("batch_size", "num_cluster")
 # arguments whose right value depends on the number of processes
 PER_PROCESS = ("workers", "bn_splits")
@@ -121,21 +121,29 @@ def resume(directory, run, compare_images=None):
         images have changed since that run began.
     Returns the arguments that have changed, as {name: [old value, new value]}.
     """
+    is_first_rank = get_rank_and_world()[0] == 0
+    latest = directory / "checkpoint.pth.tar"
     path = None
-    if get_rank_and_world()[0] == 0:
+    if is_first_rank:
         path = find(directory, run.args.resume)
-        make_room(directory, path, run.args.overwrite)
+        has_other = holds_other_run(directory, path, run.args.overwrite)
     path = broadcast_object(path)
     changes = {}
     if path is not None:
         difference = functools.partial(compare_images, path.parent) if compare_images else None
         changes = restore(read(path), run, difference)
         print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
-    if get_rank_and_world()[0] == 0:
-        run_directory.mark_begun(directory)
     if run.epoch >= run.args.epochs:
-        print_main(f"{directory} holds a finished run of {run.epoch} epochs: nothing left to do")
-        run_directory.remove_features(directory)  # left by a kill at the very end
+        if path == latest:
+            run_directory.remove_features(directory)  # left by a kill at the very end
+            path = directory
+        print_main(f"{path} holds a finished run of {run.epoch} epochs: nothing left to do")
+    elif is_first_rank:
+        if has_other:
+            run_directory.clear(directory)  # only now, because the checkpoint fits
+        if path not in (None, latest):
+            save(directory, run)  # a restart continues from here, not from a later checkpoint
+        run_directory.mark_begun(directory)
     return changes
 
 
@@ -174,21 +182,24 @@ def find(directory, resume):
     latest = directory / "checkpoint.pth.tar"
     if latest.exists() and (resume == "" or run_directory.is_restart(directory)):
         return latest
+    if resume and not Path(resume).is_file():
+        fail(f"there is no file {resume}")
     if resume:
         return Path(resume)
     return None
 
 
-def make_room(directory, path, overwrite):
-    """Remove another run from `directory`, or end the program in one line if it must stay.
+def holds_other_run(directory, path, overwrite):
+    """Whether another run is to be removed from `directory`.
 
+    Ends the program in one line if it must stay.
     path: the checkpoint that the run continues from, or None. If it is in `directory`, the run
         there is no other run. overwrite: remove it. A run without a step is removed in any case.
     """
     latest = directory / "checkpoint.pth.tar"
     is_own = path is not None and path.resolve().parent == directory.resolve()
     if is_own or not latest.exists():
-        return
+        return False
     if not overwrite:
         old = read(latest)
         has_begun = old.get("epoch") or old.get("run", {}).get("step")
@@ -198,7 +209,7 @@ def make_room(directory, path, overwrite):
                 f"{old.get('args', {}).get('epochs')}; continue it with --resume, remove it with "
                 "--overwrite, or choose another --exp-dir"
             )
-    run_directory.clear(directory)
+    return True
 
 
 def restore(checkpoint, run, difference=None):
@@ -225,7 +236,7 @@ def restore(checkpoint, run, difference=None):
         run.model.load_state_dict(state)
         load_optimizer(run.optimizer, checkpoint["optimizer"])
         scaler_state = checkpoint.get("scaler")
-        if scaler_state:  # empty if the run had no scaler so far: then this one starts afresh
+        if scaler_state:  # empty if the run's last part had none: then this one starts afresh
             run.scaler.load_state_dict(scaler_state)
         position["totals"] = with_loss(position["totals"])
         check_position(position, run)

@@ -20,7 +20,7 @@ import torch
 from runtime.cli import DISK_IS_FULL, fail
 from runtime.distributed import RESTARTS, get_rank_and_world, print_main
 
-BEGUN = ".begun"  # a file in the directory of a run that has begun and not ended
+BEGUN = ".begun"  # a file in a run's directory: which torchrun has begun the run
 LEASE = 60  # seconds without a sign of life after which another run may take the directory over
 NO_FLOCK = (  # how file systems such as Lustre and NFS say that they have no locks
     errno.ENOSYS,
@@ -53,7 +53,8 @@ def choose_directory(exp_dir, resume):
     """The run's directory: `exp_dir` or, if that is None, one of the default names.
 
     The default names are experiment_pcl, experiment_pcl_2, ... A new run takes the next one, also
-    if it starts from a checkpoint of another run. A run that continues its own takes the latest.
+    if it starts from a checkpoint of another run. --resume alone takes the latest one, and a
+    restart by torchrun its own.
 
     resume: the value of --resume: a checkpoint, "" for the latest of the run, None for a new run.
     """
@@ -61,11 +62,14 @@ def choose_directory(exp_dir, resume):
         return Path(exp_dir)
     numbers = [0]
     for path in Path().iterdir():
-        number = re.fullmatch(r"experiment_pcl(?:_([2-9]|[1-9]\d+))?", path.name)
+        number = re.fullmatch(r"experiment_pcl(?:_([2-9]|[1-9][0-9]+))?", path.name)
         if number:
             numbers.append(int(number[1] or 1))
+    for number in numbers:
+        if is_restart(_default_directory(number)):
+            return _default_directory(number)
     latest = max(numbers)
-    if latest and (resume == "" or is_restart(_default_directory(latest))):
+    if latest and resume == "":
         return _default_directory(latest)
     return _default_directory(latest + 1)
 
@@ -77,12 +81,25 @@ def _default_directory(number):
 
 def is_restart(directory):
     """Whether torchrun has restarted the program after its run had begun in `directory`."""
-    return RESTARTS > 0 and (directory / BEGUN).exists()
+    if RESTARTS == 0:
+        return False
+    with contextlib.suppress(OSError):
+        return (directory / BEGUN).read_text() == folder_of_torchrun()
+    return False
 
 
 def mark_begun(directory):
-    """Note that a run has begun in `directory`, for is_restart. `lock` removes the note."""
-    (directory / BEGUN).touch()
+    """If torchrun has started the program, note in `directory` that its run has begun."""
+    if folder_of_torchrun():
+        (directory / BEGUN).write_text(folder_of_torchrun())
+
+
+def folder_of_torchrun():
+    """Where torchrun collects errors: the same folder in all its restarts. "" without torchrun."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return ""
+    path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])  # FOLDER/attempt_0/0/error.json
+    return str(path.parent.parent.parent)
 
 
 def check_writable(directory):
@@ -105,8 +122,7 @@ def check_writable(directory):
 def lock(directory):
     """Context in which the run's directory exists and no other run can use it.
 
-    The first rank creates and locks it. Ends the program in one line if that is impossible. A run
-    that leaves the context without an error has ended: a restart of the program is another run.
+    The first rank creates and locks it. Ends the program in one line if that is impossible.
     """
     if get_rank_and_world()[0] > 0:
         yield
@@ -115,8 +131,6 @@ def lock(directory):
     try:
         directory.mkdir(parents=True, exist_ok=True)
         held = acquire(directory, holder)
-        if RESTARTS == 0:
-            (directory / BEGUN).unlink(missing_ok=True)  # a kill has left it
         for pattern in FILES_OF_RUN:
             for partial in directory.glob(f"{pattern}.tmp"):  # a kill has left it half written
                 partial.unlink()
@@ -133,8 +147,6 @@ def lock(directory):
     with held:
         try:
             yield
-            with contextlib.suppress(OSError):
-                (directory / BEGUN).unlink()
         finally:
             with contextlib.suppress(OSError):
                 holder.unlink()

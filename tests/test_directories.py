@@ -111,61 +111,127 @@ def test_a_named_directory_that_holds_a_run_is_refused(folder, tmp_path, capsys)
     assert not (tmp_path / "prototypes.png").exists()
 
 
+# -- restarts by torchrun --------------------------------------------------------------------------
+@pytest.fixture
+def torchrun(monkeypatch):
+    """A function of a name and a number: say that this torchrun has restarted us so many times."""
+
+    def start(name, restarts):
+        error_file = f"/tmp/{name}/attempt_{restarts}/0/error.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", error_file)
+        monkeypatch.setattr(runtime.directory, "RESTARTS", restarts)
+
+    return start
+
+
 class Killed(Exception):
     """Stands for the death of a process."""
 
 
-def die(*_, **__):
-    raise Killed
+def run_and_die_in(name, *words):
+    """Train until main_pcl.py calls this function of its own."""
+
+    def die(*_, **__):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(main_pcl, name, die)
+        run(*words)
 
 
-def test_a_restart_does_what_its_first_start_was_to_do(folder, tmp_path, monkeypatch, capsys):
+def test_a_restart_does_what_its_first_start_was_to_do(folder, tmp_path, torchrun, capsys):
     """torchrun starts the same command again, whatever the reason for its end."""
+    torchrun("a", 0)
     run(folder, *SHORT, "--exp-dir", tmp_path / "old")
     before = snapshot(tmp_path / "old")
-    command = [folder, *SHORT, "--seed", 1, "--exp-dir", tmp_path / "old"]
 
     # another run's directory is refused again
-    assert "holds a run" in fails(capsys, main_pcl.main, *command)
-    with monkeypatch.context() as restart:
-        restart.setattr(runtime.directory, "RESTARTS", 1)
+    command = [folder, *SHORT, "--seed", 1, "--exp-dir", tmp_path / "old"]
+    for restarts in (0, 1):
+        torchrun("b", restarts)
         assert "holds a run" in fails(capsys, main_pcl.main, *command)
     assert snapshot(tmp_path / "old") == before
 
-    # a run that is to overwrite another, and dies, does not continue that one
-    with monkeypatch.context() as death, pytest.raises(Killed):
-        death.setattr(main_pcl, "build_model", die)
-        run(*command, "--overwrite")
-    with monkeypatch.context() as restart:
-        restart.setattr(runtime.directory, "RESTARTS", 1)
-        log = run(*command, "--overwrite")
+    # a run that is to overwrite another does not continue that one
+    torchrun("c", 0)
+    run_and_die_in("build_model", *command, "--overwrite")
+    torchrun("c", 1)
+    log = run(*command, "--overwrite")
     undisturbed = run(folder, *SHORT, "--seed", 1, "--exp-dir", tmp_path / "undisturbed")
     assert [row["loss"] for row in log] == [row["loss"] for row in undisturbed]
 
-    # a run that has begun goes on, although the command says nothing of --resume
-    command[-1] = tmp_path / "new"
-    with monkeypatch.context() as death, pytest.raises(Killed):
-        death.setattr(main_pcl, "e_step", die)
-        run(*command)
-    with monkeypatch.context() as restart:
-        restart.setattr(runtime.directory, "RESTARTS", 1)
-        assert len(run(*command)) == 2
 
-
-def test_a_restart_before_the_first_checkpoint_starts_from_the_same_file(
-    folder, tmp_path, monkeypatch, capsys
+def test_a_restart_continues_the_run_of_its_own_torchrun(
+    folder, tmp_path, monkeypatch, torchrun, capsys
 ):
+    monkeypatch.chdir(tmp_path)
+
+    # another job has been killed; this one dies before it has a directory
+    torchrun("a", 0)
+    run_and_die_in("e_step", folder, *SHORT)
+    before = snapshot(Path("experiment_pcl"))
+    torchrun("b", 0)
+    run_and_die_in("build_model", folder, *SHORT, "--seed", 1)
+    torchrun("b", 1)
+    run_and_die_in("e_step", folder, *SHORT, "--seed", 1)
+    assert snapshot(Path("experiment_pcl")) == before
+
+    # each continues its own, also after its end
+    for name, seed, directory in (("a", 0, "experiment_pcl"), ("b", 1, "experiment_pcl_2")):
+        torchrun(name, 2)
+        for said in ("resumed at epoch 0", "holds a finished run"):
+            capsys.readouterr()
+            assert len(run(folder, *SHORT, "--seed", seed)) == 2
+            assert said in capsys.readouterr().out
+            assert read_args(Path(directory))["seed"] == seed
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["old", "new"])
+def test_a_restart_before_the_first_checkpoint_starts_from_the_same_file(
+    folder, tmp_path, torchrun, capsys, name
+):
+    """In a directory of its own, or in that of the file, which has later checkpoints."""
     run(folder, *SHORT, "--exp-dir", tmp_path / "old")
-    command = [folder, *SHORT, "--resume", tmp_path / "old/checkpoint_0000.pth.tar"]
-    command += ["--exp-dir", tmp_path / "new"]
-    with monkeypatch.context() as death, pytest.raises(Killed):
-        death.setattr(main_pcl, "train", die)
-        run(*command)
+    command = [folder, *SHORT, "--lr", 0.5, "--exp-dir", tmp_path / name]
+    command += ["--resume", tmp_path / "old/checkpoint_0000.pth.tar"]
+    torchrun("a", 0)
+    run_and_die_in("speed_up_encoders", *command)
     capsys.readouterr()
-    monkeypatch.setattr(runtime.directory, "RESTARTS", 1)
+    torchrun("a", 1)
     run(*command)
     assert "resumed at epoch 1" in capsys.readouterr().out
-    assert_same(weights(tmp_path / "new"), weights(tmp_path / "old"))
+    assert read_args(tmp_path / name)["parts"][-1]["epoch"] == 1
+
+
+def test_a_restart_takes_the_arch_of_init_again(folder, tmp_path, torchrun):
+    run(folder, *SHORT, "--exp-dir", tmp_path / "old")
+    command = [folder, *SHORT[2:], "--init", tmp_path / "old/checkpoint.pth.tar"]
+    command += ["--exp-dir", tmp_path / "new"]  # without --arch
+    torchrun("a", 0)
+    run_and_die_in("e_step", *command)
+    torchrun("a", 1)
+    assert len(run(*command)) == 2
+
+
+# -- what may change on resuming -------------------------------------------------------------------
+def test_a_run_is_overwritten_only_if_the_new_one_begins(folder, tmp_path, capsys):
+    run(folder, *SHORT, "--exp-dir", tmp_path / "old")
+    before = snapshot(tmp_path / "old")
+    run(folder, *SHORT, "-a", "resnet18_w8", "--exp-dir", tmp_path / "other")
+    other = tmp_path / "other/checkpoint.pth.tar"
+    command = [folder, *SHORT, "--exp-dir", tmp_path / "old", "--overwrite", "--resume"]
+    assert "there is no file" in fails(capsys, main_pcl.main, *command, tmp_path / "typo.pth.tar")
+    assert "cannot change arch" in fails(capsys, main_pcl.main, *command, other)
+    run(*command, other, "-a", "resnet18_w8")
+    assert f"{other} holds a finished run" in capsys.readouterr().out
+    assert snapshot(tmp_path / "old") == before
+
+
+def test_a_checkpoint_that_is_not_there_leaves_no_directory(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, main_pcl.main, folder, *SHORT, "--resume", "typo.pth.tar")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resuming_a_finished_run_writes_nothing(folder, tmp_path, capsys):
@@ -188,6 +254,8 @@ def test_weight_decay_and_momentum_can_change_on_resuming(folder, tmp_path, opti
     assert {group["weight_decay"] for group in groups} - {0} == {0.25}
     if optim == "sgd":
         assert {group["momentum"] for group in groups} == {0.75}
+    run(*options, "--epochs", 3, "--wd", 0, "--resume")
+    assert len(run(*options, "--epochs", 4, "--wd", 0.5, "--resume")) == 4
 
 
 def test_a_run_continues_without_the_file_it_started_from(folder, tmp_path):

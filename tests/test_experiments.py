@@ -678,6 +678,10 @@ def test_cifar10_is_downloaded_and_written_whole(tmp_path, monkeypatch, capsys):
         image.save(file, "jpeg", quality=75)
         assert path.read_bytes() == file.getvalue()
 
+    command = ["--make-data", "cifar10", "L", "--long-tailed"]
+    assert "cifar10 is written whole" in fails(capsys, experiments.main, *command)
+    assert not Path("L").exists()
+
     # without a network
     def fail_to_download(*_, **__):
         raise RuntimeError("no connection")
