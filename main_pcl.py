@@ -931,8 +931,8 @@ def add_optimization_arguments(add):
     add(
         "--lr-warmup",
         type=cli.nonnegative_int,
-        help="epochs of linear increase to --lr; default: 0 for sgd, otherwise a twentieth of "
-        "--epochs",
+        help="epochs of linear increase to --lr; without them many small images learn far less; "
+        "default: a twentieth of --epochs, but 0 for sgd with large images or few small ones",
     )
     add(
         "--cos",

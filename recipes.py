@@ -72,7 +72,8 @@ def default_settings(n, image_size, optim, epochs, world=1, batch_size=None):
 
     # the schedule
     settings["lr"] = recipe["lr"][optim] * batch_size / 256  # linear scaling rule
-    settings["lr_warmup"] = 0 if optim == "sgd" else epochs // 20
+    needs_warmup = optim != "sgd" or recipe is SMALL_IMAGES
+    settings["lr_warmup"] = epochs // 20 if needs_warmup else 0
     settings["schedule"] = [max(1, epochs * 6 // 10), max(1, epochs * 8 // 10)]
     settings["knn_every"] = max(1, epochs // 20)
     return settings
