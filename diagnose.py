@@ -14,7 +14,7 @@ FEW_IMAGES = 1_000
 SHORT_QUEUE = 64  # keys
 HIGH_ACC_INST = 99  # percent
 NO_GAIN = 1  # percentage points of kNN accuracy
-LOW_RANK = 2  # dimensions
+LOW_RANK = 3  # dimensions
 LOW_SPREAD = 0.1  # 1: features fill the sphere
 SMALL_IMAGE = 64  # pixels; at this size a ResNet-18 trains on a laptop
 DAY = 24 * 60 * 60  # seconds
@@ -120,13 +120,14 @@ def warn_of_collapse(log, settings):
 
 
 def is_collapsed(log):
-    """Whether the features of the latest two epochs were almost a point, or almost on a line.
+    """Whether the features of the latest two epochs were almost a point, a line or a plane.
 
     Two epochs, because an untrained network may give similar features to all images. Measured in
-    128 dimensions: runs that learn have a rank above 38 and a spread above 0.27 in every epoch,
-    also in the first; runs that collapse fall below a spread of 0.1 within two epochs, and to a
-    rank of 1.2 to 2.4. So LOW_SPREAD is a third of what is healthy. LOW_RANK is for features on a
-    line through the origin, whose spread may be large.
+    128 dimensions: runs that learn have a rank above 9 and a spread above 0.27 in every epoch. Runs
+    that collapse onto a point fall below a spread of 0.1 within two epochs, and to a rank of 1.2 to
+    2.4. A run whose learning rate was too high at the start kept a spread of 0.3 or more, but its
+    rank fell to 2.2, then 2.6, and it never caught up. LOW_SPREAD and LOW_RANK are a third of what
+    is healthy.
     """
     latest = log[-2:]
     return len(latest) == 2 and all(is_low(row) for row in latest)
@@ -165,8 +166,8 @@ def remedies(loss_inst, settings):
         )
     found.append(
         (
-            "a lower --lr, or --moco-m closer to 1: the keys change faster than the queue is "
-            "renewed",
+            "a longer --lr-warmup, a lower --lr, or --moco-m closer to 1: the keys change faster "
+            "than the queue is renewed",
             one_point,
         )
     )

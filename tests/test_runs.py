@@ -369,7 +369,7 @@ def test_the_warning_of_a_leak_names_figures_and_remedies():
 @pytest.mark.parametrize(
     "loss_inst, flags, first",
     [
-        (4.17, [], "a lower --lr, or --moco-m"),
+        (4.17, [], "a longer --lr-warmup, a lower --lr, or --moco-m"),
         (4.17, ["--cluster-head", "report"], "a longer --warmup"),
         (0.1, ["--no-color-jitter"], "a stronger augmentation"),
         (0.1, [], "more --bn-splits"),
