@@ -157,8 +157,17 @@ def test_without_a_gpu_the_benchmark_says_so_in_one_line(capsys):
 
 def test_the_profile_counts_whole_groups_of_steps_of_the_second_epoch(monkeypatch):
     """With a profiler that notes how many steps were done when it is started and stopped."""
-    event = SimpleNamespace(device_type=DeviceType.CUDA, self_device_time_total=500.0)
-    on_host = SimpleNamespace(device_type=DeviceType.CPU, self_device_time_total=9.0)
+
+    def event_on(device, microseconds, is_user_annotation=False):
+        return SimpleNamespace(
+            device_type=device,
+            self_device_time_total=microseconds,
+            is_user_annotation=is_user_annotation,
+        )
+
+    event = event_on(DeviceType.CUDA, 500.0)
+    on_host = event_on(DeviceType.CPU, 9.0)
+    annotation = event_on(DeviceType.CUDA, 9.0, is_user_annotation=True)  # spans kernels
     calls = []
     losses = []
 
@@ -166,7 +175,7 @@ def test_the_profile_counts_whole_groups_of_steps_of_the_second_epoch(monkeypatc
         def __init__(self, activities):
             self.start = lambda: calls.append(("start", len(losses)))
             self.stop = lambda: calls.append(("stop", len(losses)))
-            self.events = lambda: [event, on_host] * 128
+            self.events = lambda: [event, on_host, annotation] * 128
 
     def two_epochs(batch, *flags):
         for _ in range(2 * 70):

@@ -304,7 +304,7 @@ def test_clusters_of_training_images_alone_have_one_title(folder, tmp_path, caps
     output = capsys.readouterr().out
     assert "training images\n" in output
     assert "held out" not in output.split("clusters  ")[1]
-    assert "note: clusters alone" in output
+    assert "note: only clusters are evaluated" in output
 
 
 def test_the_network_that_init_gives_is_the_initial_one(folder, tmp_path, capsys, monkeypatch):
