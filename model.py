@@ -378,9 +378,9 @@ def capture_encoders(model, images, precision):
         for buffer, value in zip(encoder.buffers(), before, strict=True):
             buffer.copy_(value)
     # gradients are stored on the stream of the recording; autograd waits for it, and says so
-    set_warning = "set_warn_on_accumulate_grad_stream_mismatch"
-    if hasattr(torch.autograd.graph, set_warning):  # since torch 2.10
-        getattr(torch.autograd.graph, set_warning)(False)
+    graph = torch.autograd.graph
+    if hasattr(graph, "set_warn_on_accumulate_grad_stream_mismatch"):  # since torch 2.10
+        graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
 
 def _train_with(encoder, forward):

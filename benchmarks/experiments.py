@@ -79,8 +79,13 @@ DATA_FLAGS = {
 CLASSES = 10  # every data set has ten
 
 # probes with few labels: a fraction of them, or a number per class (--labels of eval_lincls.py)
-FEW_LABELS = {"C": ["0.01"], "L": ["20"], "M": ["20"]}
-FEW_LABELS |= {"P": ["1", "5", "20"], "F": ["1", "5", "20"]}
+FEW_LABELS = {
+    "C": ["0.01"],
+    "P": ["1", "5", "20"],
+    "F": ["1", "5", "20"],
+    "L": ["20"],
+    "M": ["20"],
+}
 
 # training images of each class: of P and F; of L and M, which are 10,000 as well
 BALANCED = [1000] * CLASSES
@@ -775,6 +780,8 @@ def make_data(source, out, sizes):
     """
     try:
         if source == Path("cifar10") and not source.exists():
+            if sizes != BALANCED:
+                cli.fail("cifar10 is written whole; make L from it: --make-data C L --long-tailed")
             write_cifar10(out)
             return
         copy_images(source / "train", out / "train", sizes)
@@ -1019,8 +1026,6 @@ def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.make_data:
-        if args.long_tailed and args.make_data[0] == Path("cifar10"):
-            cli.fail("cifar10 is written whole; make L from it: --make-data C L --long-tailed")
         make_data(*args.make_data, LONG_TAILED if args.long_tailed else BALANCED)
         return 0
     if args.long_tailed:

@@ -182,11 +182,11 @@ def find(directory, resume):
     latest = directory / "checkpoint.pth.tar"
     if latest.exists() and (resume == "" or run_directory.is_restart(directory)):
         return latest
-    if resume and not Path(resume).is_file():
+    if not resume:
+        return None
+    if not Path(resume).is_file():
         fail(f"there is no file {resume}")
-    if resume:
-        return Path(resume)
-    return None
+    return Path(resume)
 
 
 def holds_other_run(directory, path, overwrite):

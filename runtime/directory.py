@@ -60,23 +60,20 @@ def choose_directory(exp_dir, resume):
     """
     if exp_dir is not None:
         return Path(exp_dir)
-    numbers = [0]
+    runs = {}  # {number: directory}
     for path in Path().iterdir():
         number = re.fullmatch(r"experiment_pcl(?:_([2-9]|[1-9][0-9]+))?", path.name)
         if number:
-            numbers.append(int(number[1] or 1))
-    for number in numbers:
-        if is_restart(_default_directory(number)):
-            return _default_directory(number)
-    latest = max(numbers)
-    if latest and resume == "":
-        return _default_directory(latest)
-    return _default_directory(latest + 1)
-
-
-def _default_directory(number):
-    """The default name of the first, second, ... run."""
-    return Path("experiment_pcl" if number == 1 else f"experiment_pcl_{number}")
+            runs[int(number[1] or 1)] = path
+    for directory in runs.values():
+        if is_restart(directory):
+            return directory
+    if not runs:
+        return Path("experiment_pcl")
+    latest = max(runs)
+    if resume == "":
+        return runs[latest]
+    return Path(f"experiment_pcl_{latest + 1}")
 
 
 def is_restart(directory):
@@ -90,8 +87,9 @@ def is_restart(directory):
 
 def mark_begun(directory):
     """If torchrun has started the program, note in `directory` that its run has begun."""
-    if folder_of_torchrun():
-        (directory / BEGUN).write_text(folder_of_torchrun())
+    folder = folder_of_torchrun()
+    if folder:
+        (directory / BEGUN).write_text(folder)
 
 
 def folder_of_torchrun():
