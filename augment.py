@@ -21,7 +21,8 @@ import torch
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# how often each operation is applied (MoCo v2); a further operation gets a further line
+# how often each operation is applied (MoCo v2); to add an operation, add a line here and one in
+# RandomView.__call__
 CHANCES = {
     "jitter": 0.8,
     "grayscale": 0.2,
@@ -39,7 +40,7 @@ class Draws(NamedTuple):
     jitter: torch.Tensor  # (N, 4) change of brightness, contrast, saturation and hue
     chances: torch.Tensor  # (N, len(CHANCES)) one per operation, applied if below its chance
     blur_sigma: torch.Tensor  # (N, 1) standard deviation of the blur
-    # (N, 4) the first row holds for all views; the operation with the lowest number comes first
+    # (N, 4) all rows are alike: the four changes are made in ascending order of these numbers
     jitter_order: torch.Tensor
 
     @classmethod
@@ -174,7 +175,7 @@ def apply_to_rows(x, mask, operation, *parameters):
 def apply_to_all(x, mask, operation, *parameters):
     """The same as `apply_to_rows`, not in place. On a GPU, fewer calls take less time.
 
-    Besides, to count the selected images there would make the host wait.
+    Counting the selected images would also make the host wait for the GPU.
     """
     parameters = [parameter.to(x.device, non_blocking=True) for parameter in parameters]
     return torch.where(mask[:, None, None, None], operation(x, *parameters), x)
@@ -227,7 +228,7 @@ def resized_crop(x, boxes, size):
     boxes = boxes.to(x.device, non_blocking=True)
     start, length = boxes.T[..., None, None].split(2)  # (2, N, 1, 1) each: vertical, horizontal
     height, width = x.shape[2:]
-    # one call for both axes, as if images were square; what is too much is cut off
+    # one call makes the matrices of both axes, for the longer side; then each is cut to its axis
     rows, columns = _resize_matrices(start, length, max(height, width), size)
     rows = rows[:, None, :, :height]
     columns = columns[:, None, :, :width]

@@ -24,7 +24,7 @@ def expectations(n, labelled, settings, has_labels=False):
     """Lines that say, before the first step, how a run on `n` images may disappoint.
 
     labelled: whether there are labels for a kNN accuracy during training.
-    has_labels: whether there are any labels, if not for that.
+    has_labels: whether any image has a label.
     """
     lines = []
     if n < FEW_IMAGES:
@@ -109,7 +109,8 @@ def warn_of_collapse(log, settings):
 
     It needs no labels, and comes once: the line of each epoch shows the rank.
     """
-    if not is_collapsed(log) or is_collapsed(log[:-1]):
+    low_dim = settings["low_dim"]
+    if not is_collapsed(log, low_dim) or is_collapsed(log[:-1], low_dim):
         return ""
     row = log[-1]
     return (
@@ -119,7 +120,7 @@ def warn_of_collapse(log, settings):
     )
 
 
-def is_collapsed(log):
+def is_collapsed(log, low_dim):
     """Whether the features of the latest two epochs were almost a point, a line or a plane.
 
     Two epochs, because an untrained network may give similar features to all images. Measured in
@@ -130,12 +131,15 @@ def is_collapsed(log):
     is healthy.
     """
     latest = log[-2:]
-    return len(latest) == 2 and all(is_low(row) for row in latest)
+    return len(latest) == 2 and all(is_low(row, low_dim) for row in latest)
 
 
-def is_low(row):
-    """Whether the rank or the spread of an epoch is low. Epochs of older versions have neither."""
-    has_low_rank = row.get("rank", math.inf) < LOW_RANK
+def is_low(row, low_dim):
+    """Whether the rank or the spread of an epoch is low. Epochs of older versions have neither.
+
+    low_dim: dimension of the features, which their rank cannot exceed.
+    """
+    has_low_rank = row.get("rank", math.inf) < min(LOW_RANK, low_dim / 3)
     has_low_spread = row.get("spread", math.inf) < LOW_SPREAD
     return has_low_rank or has_low_spread
 

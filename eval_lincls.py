@@ -18,8 +18,8 @@ figures of their own.
     # which image is in which cluster; the data need no labels
     python eval_lincls.py path/to/folder --exp-dir runs/a --clusters clusters.csv
 
-Beside the checkpoint it leaves eval.json with the figures of all evaluations, and map.png, a map of
-the held-out images.
+It writes two files next to the checkpoint: eval.json, the figures of this and earlier evaluations,
+and map.png, a map of the held-out images.
 """
 
 import runtime.start  # isort: skip  # noqa: F401  # first: Ctrl-C during the slow imports
@@ -42,6 +42,8 @@ from torch.utils.data import DataLoader
 from augment import normalize
 from cluster import LARGEST, default_num_cluster, run_kmeans
 from data import (
+    DOWNLOADS,
+    MANY,
     DataError,
     Datasets,
     EpochSampler,
@@ -77,7 +79,7 @@ DRAWS = 5  # random choices of few labels
 IMBALANCED = 10  # times as many images in the largest class as in the smallest
 READ_FROM_RUNS = {"data": str, "image_size": int, "num_cluster": list}  # with their types
 RAW_SIDE = 32  # pixels; the raw-pixel baseline shrinks larger images to this side
-TEMPERATURE = 0.2  # mean concentration of the clusters; it does not change them
+TEMPERATURE = 0.2  # run_kmeans scales its concentrations to this mean; nothing here reads them
 AGREEMENT = ("NMI", "AMI", "ARI", "acc")
 
 # what the map depends on, and what a figure depends on besides what its name says
@@ -133,8 +135,8 @@ def get_parser():
     add(
         "--num-cluster",
         type=cli.int_list,
-        help="numbers of clusters, comma-separated; default: as in training, and the number of "
-        "classes",
+        help="numbers of clusters, comma-separated, to which the number of classes is added; "
+        "default: as in training",
     )
     add(
         "--export",
@@ -165,8 +167,8 @@ def get_parser():
         "-j",
         "--workers",
         type=cli.num_workers,
-        default=0,
-        help="processes that load images; raise it for large images",
+        help="processes per rank that load images; default: the cores per rank, at most 8, but 0 "
+        "for little data",
     )
     add(
         "--skip-broken",
@@ -182,8 +184,8 @@ def get_parser():
         "--baselines",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also evaluate the network before training and raw pixels; --no-baselines is three "
-        "times as fast",
+        help="also evaluate an untrained network, or the one in --init, and raw pixels; with "
+        "--protocol fast, --no-baselines is three times as fast",
     )
     add(
         "--seed",
@@ -225,7 +227,8 @@ def main(argv=None):
         built = {}
         subjects = [prepare(path, args, device, built) for path in paths]
 
-        results = [evaluate(subject, device) for subject in subjects]
+        baselines = {}
+        results = [evaluate(subject, baselines, device) for subject in subjects]
         if get_rank_and_world()[0] == 0:
             conclude(subjects, results, args)
     return results[-1]["figures"]
@@ -244,10 +247,9 @@ def find_checkpoints(args):
         )
     if args.pretrained and args.exp_dir:
         cli.fail("--pretrained and --exp-dir name two checkpoints; choose one")
-    if args.export and len(args.exp_dir or ()) > 1:
-        cli.fail("--export writes one backbone; name one --exp-dir")
-    if args.clusters and len(args.exp_dir or ()) > 1:
-        cli.fail("--clusters writes those of one network; name one --exp-dir")
+    for flag in ("export", "clusters"):
+        if getattr(args, flag) and len(args.exp_dir or ()) > 1:
+            cli.fail(f"--{flag} is for one network; name one --exp-dir")
 
     paths = []
     if args.pretrained:
@@ -258,8 +260,8 @@ def find_checkpoints(args):
     for path in paths:
         if not path.is_file():
             cli.fail(
-                f"there is no {path}; train first with python main_pcl.py, or name a file with "
-                "--pretrained"
+                f"there is no {path}; train first with python main_pcl.py, name the run's "
+                "directory with --exp-dir (and data before it), or a file with --pretrained"
             )
     return paths
 
@@ -296,7 +298,7 @@ def belongs_to(file, path, args):
     if file.resolve().parent != path.resolve().parent:
         return False
     names = [path.name, result_file(path, args, "eval.json").name]
-    if not args.pretrained:
+    if not args.pretrained or (path.parent / "args.json").is_file():
         names += (*FILES_OF_RUN, *FILES_OF_EVALUATION)
     return any(fnmatch.fnmatchcase(file.name, name) for name in names)
 
@@ -311,7 +313,7 @@ def result_file(path, args, name):
 def prepare(path, args, device, built):
     """Read the checkpoint and the data, and check them.
 
-    built: the Datasets that were built for earlier checkpoints, to which this one's are added.
+    built: {key: Datasets} of earlier checkpoints. This one's are added.
     Returns a Subject. Ends the program in one line if something is missing or does not fit.
     """
     loaded = checkpoint.read(path)
@@ -324,9 +326,7 @@ def prepare(path, args, device, built):
             cli.fail(f"{path} is no checkpoint of a run: its {setting} is no {kind.__name__}")
 
     # data
-    name = args.data
-    if name is None:
-        name = stored.get("data") or "digits"
+    name = choose_data(args, stored, path)
     skip_broken = args.skip_broken or bool(stored.get("skip_broken"))
     options = {"flip": stored.get("flip"), "skip_broken": skip_broken}
     datasets = find_data(name, args.image_size or stored.get("image_size"), options, built)
@@ -336,7 +336,11 @@ def prepare(path, args, device, built):
     n = len(datasets.train)
     args = argparse.Namespace(**vars(args))
     args.num_cluster = choose_num_cluster(args.num_cluster, stored.get("num_cluster"), datasets)
-    args.knn_k = [min(k, n) for k in args.knn_k or [default_k(n)]]
+    labelled = int((datasets.plain.labels >= 0).sum())  # the images that vote
+    args.knn_k = [min(k, labelled) for k in args.knn_k or [default_k(labelled)]]
+    if args.workers is None:
+        is_little = 3 * n * datasets.image_size**2 <= MANY
+        args.workers = 0 if is_little else distributed.default_workers()
     views = 3 * min(args.batch_size, n) * datasets.image_size**2
     distributed.check_memory({"--image-size and --batch-size": 2 * views}, device)
     epoch = None
@@ -344,10 +348,12 @@ def prepare(path, args, device, built):
     if isinstance(loaded.get("epoch"), int):
         epoch = loaded["epoch"]
         epochs = f", {epoch} epochs"
-    neighbours = ", ".join(map(str, args.knn_k))
+    neighbours = ""
+    if datasets.labelled:
+        neighbours = f"; kNN of {', '.join(map(str, args.knn_k))}"
     header = [
         f"{path}, {found.where}: {found.arch}{epochs}",
-        f"on {name}: {datasets.describe()}; kNN of {neighbours}",
+        f"on {name}: {datasets.describe()}{neighbours}",
         *(f"note: {note}" for note in datasets.notes),
     ]
     if not datasets.has_labels:
@@ -357,22 +363,10 @@ def prepare(path, args, device, built):
             "note: only clusters are evaluated: linear probe and kNN need labels in both parts"
         )
 
-    # networks
-    torch.manual_seed(args.seed)
-    encoder = build(found, path, datasets.image_size, stored.get("image_size"))
-    weights.load_backbone(encoder, found, path)
-    networks = {"trained": backbone(encoder)}
-    if args.baselines and datasets.has_labels:
-        init = None
-        if not args.pretrained:  # a file from elsewhere must not name another to read
-            init = stored.get("init")
-        row, start, note = build_start(found, init, path, datasets.image_size)
-        header += note
-        networks[row] = backbone(start)
-        side = min(datasets.image_size, RAW_SIDE)
-        networks["raw pixels"] = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(1))
+    # networks, and what their figures depend on
+    encoder, networks, notes = build_networks(found, stored, path, datasets, args)
+    header += notes
     hashes = {row: hash_weights(network) for row, network in networks.items()}
-
     about = {
         "checkpoint": str(path),
         "weights": hashes["trained"],
@@ -395,6 +389,42 @@ def prepare(path, args, device, built):
     return Subject(
         path, header, encoder, networks, identities, datasets, args, about, metadata, unwritten=[]
     )
+
+
+def choose_data(args, stored, path):
+    """The name of the data: DATA or, if that is not given, what the run was trained on."""
+    if args.data is not None:
+        return args.data
+    name = stored.get("data") or "digits"
+    if name not in ("digits", *DOWNLOADS) and not Path(name).is_dir():
+        cli.fail(
+            f"{path} was trained on {name}, which is not there; name the data: "
+            "python eval_lincls.py DATA --exp-dir DIR"
+        )
+    return name
+
+
+def build_networks(found, stored, path, datasets, args):
+    """The networks to measure: the trained one and, with --baselines, what to compare it with.
+
+    found: the weights.Found in the file `path`. stored: the arguments of one of our runs, or {}.
+    Returns the trained encoder, {row of the table: module images -> features}, and a list of notes.
+    """
+    torch.manual_seed(args.seed)
+    encoder = build(found, path, datasets.image_size, stored.get("image_size"))
+    weights.load_backbone(encoder, found, path)
+    networks = {"trained": backbone(encoder)}
+    if not args.baselines or not datasets.has_labels:
+        return encoder, networks, []
+
+    init = None
+    if not args.pretrained:  # a file from elsewhere must not name another to read
+        init = stored.get("init")
+    row, start, notes = build_start(found, init, path, datasets.image_size)
+    networks[row] = backbone(start)
+    side = min(datasets.image_size, RAW_SIDE)
+    networks["raw pixels"] = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(1))
+    return encoder, networks, notes
 
 
 def describe_training(arch, epoch, stored):
@@ -518,35 +548,39 @@ def hash_weights(network):
 
 
 # -- measuring -------------------------------------------------------------------------------------
-def evaluate(subject, device):
+def evaluate(subject, baselines, device):
     """Measure the networks of a Subject; print and write the figures.
 
-    Returns what was evaluated and, under "figures", {row: {figure: percent}}, which are the first
-    rank's alone.
+    baselines: {key: figures} of networks that are the same for several runs, such as raw pixels.
+        This Subject's are added.
+    Returns a dict: what was evaluated, and "figures": {row: {figure: percent}}. On other ranks than
+    the first, "figures" is empty.
     """
     rank, _ = get_rank_and_world()
+    args = subject.args
     for line in subject.header:
         print_main(line)
     table = {}
     result = {**subject.about, **ran_on(device), "figures": table}
-    map_file = None
     try:
         for row, network in subject.networks.items():
-            figures, val, levels = measure(row, network.to(device).eval(), subject, device)
-            if rank > 0:
-                continue
-            table[row] = figures
+            network = network.to(device).eval()
             if row == "trained":
-                trained_val = val
-                trained_levels = levels
+                figures, val, levels = measure(row, network, subject, device)
+                draw_map(subject, result, val, levels)
+            else:
+                key = str([subject.identities[row], args.num_cluster, args.knn_k, args.labels])
+                if key not in baselines:
+                    baselines[key], _, _ = measure(row, network, subject, device)
+                figures = baselines[key]
+            if rank == 0:
+                table[row] = figures
     finally:  # whatever was measured is shown and kept, even if the next network fails
         if table:
             print_broken_images(subject.datasets)
         if table and subject.datasets.has_labels:
-            print_table(table, subject.args.protocol)
-            map_file = write_result(subject, result)
-    if map_file is not None:
-        draw_map(map_file, subject.datasets, trained_val, trained_levels)
+            print_table(table, args.protocol)
+            write_result(subject, result)
     return result
 
 
@@ -564,7 +598,7 @@ def measure(row, network, subject, device):
     """Measure one network, the `row` of the table.
 
     Returns its figures {figure: percent}, its features (n, D) of the held-out images or None, and
-    its Clusters. The figures and the Clusters are the first rank's alone.
+    its Clusters. On other ranks than the first, there are no figures and no Clusters.
     """
     datasets = subject.datasets
     args = subject.args
@@ -599,16 +633,16 @@ def measure(row, network, subject, device):
 def extract_all(network, images, args, device):
     """The features (n, D) of all `images`, on `device`. Every process computes a share.
 
-    Raises DataError, with the image's number, if a feature is not finite or too large to square.
+    Raises DataError, with the image's name, if a feature is not finite or too large to square.
     """
     rank, world = get_rank_and_world()
     loader = make_loader(images, args.batch_size, range(rank, len(images), world), args.workers)
     features, _ = extract_features(loader, lambda x: network(normalize(x)), device)
     distributed.set_where_any_rank_has(images.source.broken)  # their labels do not count
-    fits = features.abs().amax(1) <= LARGEST  # not so for nan
+    fits = features.abs().amax(1) <= LARGEST  # nan <= x is False
     if not fits.all():
-        image = int(fits.int().argmin())
-        raise DataError(f"the features of image {image} are not finite, or too large to square")
+        image = images.source.name(int(fits.int().argmin()))
+        raise DataError(f"the features of {image} are not finite, or too large to square")
     return features.to(device)
 
 
@@ -637,7 +671,8 @@ def probes(train, val, datasets, scores, args):
     val_labels = datasets.val.labels.to(device)
     known = labels >= 0
     judged = val_labels >= 0
-    train, labels = train[known], labels[known]
+    if not known.all():  # indexing copies
+        train, labels = train[known], labels[known]
     val, val_labels = val[judged], val_labels[judged]
 
     def fast(features, labels):
@@ -742,7 +777,10 @@ def agreements(levels, val, datasets):
         k = len(clusters.centroids)
         parts = [("", clusters.im2cluster, datasets.plain.labels)]
         if val is not None:
-            nearest = (F.normalize(val, dim=1).cpu() @ clusters.centroids.T).argmax(1)
+            prototypes = clusters.centroids.to(val.device)
+            # chunk by chunk, so that the cosines of all images are never in memory at once
+            chunks = F.normalize(val, dim=1).split(1024)
+            nearest = torch.cat([(chunk @ prototypes.T).argmax(1) for chunk in chunks]).cpu()
             parts.append((" held out", nearest, datasets.val.labels))
         for part, im2cluster, labels in parts:
             labelled = labels >= 0
@@ -755,19 +793,11 @@ def agreements(levels, val, datasets):
 
 # -- results ---------------------------------------------------------------------------------------
 def write_result(subject, result):
-    """Add a result to eval.json beside the checkpoint, and give it the name of its map's file.
-
-    Returns the path of that file, or None if there are too few held-out images to draw.
-    """
+    """Add a result to eval.json beside the checkpoint."""
     path = result_file(subject.path, subject.args, "eval.json")
-    earlier = read_results(path)
-    map_file = choose_map(subject, result, earlier)
-    if map_file is not None:
-        result["map"] = map_file.name
-    data = json.dumps(merge_results(result, earlier), indent=2).encode()
+    data = json.dumps(merge_results(result, read_results(path)), indent=2).encode()
     with cli.warn_if_unwritable(path):
         write_atomically(path, data)
-    return map_file
 
 
 def read_results(path):
@@ -810,13 +840,9 @@ def is_same(a, b, names):
     return all(name in a and a[name] == b[name] for name in names)
 
 
-def choose_map(subject, result, earlier):
-    """The path of the map: map.png, or map_2.png, ... if those show other `earlier` results.
-
-    None if there are too few held-out images to draw.
-    """
-    if result["held_out"] < report.FEWEST_IN_MAP:
-        return None
+def choose_map(subject, result):
+    """The path of the map: map.png, or map_2.png, ... if those show other results."""
+    earlier = read_results(result_file(subject.path, subject.args, "eval.json"))
     for i in itertools.count(1):
         name = "map.png" if i == 1 else f"map_{i}.png"
         file = result_file(subject.path, subject.args, name)
@@ -825,13 +851,23 @@ def choose_map(subject, result, earlier):
             return file
 
 
-@cli.phase("drawing map.png")
-def draw_map(file, datasets, val, levels):
-    """Draw the held-out images by their features `val` (n, D), and a prototype per class."""
+@cli.phase("drawing the map")
+def draw_map(subject, result, val, levels):
+    """Draw the held-out images by their features `val` (n, D), and a prototype per class.
+
+    Adds the name of the picture to the result. Without labels, with few held-out images, and on
+    other ranks than the first, it draws nothing.
+    """
+    datasets = subject.datasets
+    few = result["held_out"] < report.FEWEST_IN_MAP
+    if few or not datasets.has_labels or get_rank_and_world()[0] > 0:
+        return
+    file = choose_map(subject, result)
     by_number = {len(clusters.centroids): clusters.centroids for clusters in levels}
     prototypes = by_number[one_per_class(datasets)]
     with cli.warn_if_unwritable(file):
         report.draw_map(file, val, datasets.val.labels, datasets.classes, prototypes)
+        result["map"] = file.name
 
 
 def conclude(subjects, results, args):
@@ -839,6 +875,8 @@ def conclude(subjects, results, args):
     mean, deviation = summarize(subjects, results)
     if len(results) > 1:
         print(f"\nmean and standard deviation of {len(results)} runs")
+        if not all(is_same(result, results[0], ("fingerprint", "size")) for result in results):
+            print("note: these runs are of different images or image sizes")
         fixed = [row for row in mean if row not in deviation]
         if fixed:
             print(f"one network for all runs, so no deviation: {', '.join(fixed)}")
@@ -868,21 +906,21 @@ def summarize(subjects, results):
     """Mean and standard deviation over several results, both as {row: {figure: number}}.
 
     A row that is the same network on the same data in all results is one measurement: it has no
-    deviation. Nor does a figure that only one result has.
+    deviation. A figure that only one result has gets none either.
     """
     mean = {}
     deviation = {}
     for row in dict.fromkeys(row for result in results for row in result["figures"]):
         rows = [result["figures"][row] for result in results if row in result["figures"]]
         identities = [subject.identities[row] for subject in subjects if row in subject.identities]
-        is_one = all(identity == identities[0] for identity in identities)
+        is_one_network = all(identity == identities[0] for identity in identities)
         mean[row] = {}
-        if not is_one:
+        if not is_one_network:
             deviation[row] = {}
         for name in dict.fromkeys(name for figures in rows for name in figures):
             values = [figures[name] for figures in rows if name in figures]
             mean[row][name] = statistics.mean(values)
-            if not is_one and len(values) > 1:
+            if not is_one_network and len(values) > 1:
                 deviation[row][name] = statistics.stdev(values)
     return mean, deviation
 
@@ -898,8 +936,9 @@ def with_deviation(mean, deviation):
 
 
 def print_table(table, protocol):
-    """Print {row: {figure: number or text}}: the rows as columns, then the clusters of each row.
+    """Print {network: {figure: number or text}}: probes and kNN, then the agreement of clusters.
 
+    The first table has a column per network, the second a line per network and granularity.
     protocol: of the linear probe.
     """
     cells = {}
@@ -940,16 +979,18 @@ def print_clusters(cells):
                 if (row, k, figures) not in lines:
                     lines.append((row, k, figures))
     parts = [part for part in ("", "held out") if part in endings]
+    if not parts:
+        return
 
     width = max([17, *(len(f"{row}, {k} ") for row, k, _ in lines)])
-    titles = "".join((part or "training images").center(48) for part in parts)
+    titles = "".join((part or "training images").center(52) for part in parts)
     print("clusters".ljust(width) + titles.rstrip())
-    print(" " * width + "".join(f"{name:>12}" for name in AGREEMENT * len(parts)))
+    print(" " * width + "".join(f"{name:>13}" for name in AGREEMENT * len(parts)))
     for row, k, figures in lines:
         line = f"{row}, {k}".ljust(width)
         for part in parts:
             for name in AGREEMENT:
-                line += f"{figures.get(f'{name} {k} {part}'.strip(), ''):>12}"
+                line += f"{figures.get(f'{name} {k} {part}'.strip(), ''):>13}"
         print(line)
 
 

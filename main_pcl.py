@@ -23,7 +23,6 @@ import argparse
 import functools
 import itertools
 import math
-import os
 import shlex
 import time
 from pathlib import Path
@@ -653,7 +652,7 @@ def fill_in_defaults(args, datasets, world, device):
         defaults["stem"] = "imagenet"
         defaults["bn_splits"] = 1
     defaults["cuda_graphs"] = device == "cuda" and world == 1
-    defaults["workers"] = min(8, max(1, (os.cpu_count() or 1) // world))
+    defaults["workers"] = distributed.default_workers()
 
     final = {**vars(args), **defaults}
     for name, value in vars(args).items():

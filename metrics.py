@@ -43,7 +43,7 @@ def logistic_regression(features, labels, queries, num_classes, seed=0):
     # Standardise. A constant feature tells nothing and becomes 0.
     std, mean = torch.std_mean(features.float(), 0, correction=0)
     std = std.masked_fill(std <= 1e-6 * std.max(), torch.inf)
-    x = (features.float() - mean) / std
+    x = (features.float() - mean).div_(std)  # in place, because features may fill the memory
     queries = (queries.float() - mean) / std
 
     strength = _best_strength(x, labels, num_classes, seed)
@@ -213,7 +213,8 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=None, temperature=0.1):
     """
     if len(bank) == 0 or len(queries) == 0:
         raise ValueError(
-            f"a kNN vote needs features: the bank has {len(bank)}, the queries are {len(queries)}"
+            f"a kNN vote needs features: the bank has {len(bank)} rows, and there are "
+            f"{len(queries)} queries"
         )
     if not k:
         k = default_k(len(bank))
@@ -265,8 +266,8 @@ def effective_rank(moments):
 def spread(moments):
     """How far unit features spread over the sphere, from 0 (one point) to 1 (every direction).
 
-    sqrt(D) times the mean over the D dimensions of their standard deviation. It is that of Chen and
-    He 2021 (arXiv 2011.10566, section 4.1).
+    sqrt(D) times the mean over the D dimensions of their standard deviation. Chen and He 2021
+    (arXiv 2011.10566, section 4.1) measure collapse in this way.
 
     moments: (D + 1, D + 1) from `moments`.
     """

@@ -95,7 +95,7 @@ def save(directory, run, copy=None):
         "run": position,
     }
     data = _serialize(checkpoint)
-    # the copy first: after a kill in between, the resumed run would never write it
+    # Write the copy first. After a kill between the two, the resumed run would not write it again.
     if copy is not None:
         run_directory.write_atomically(directory / copy, data)
     run_directory.write_atomically(directory / "checkpoint.pth.tar", data)

@@ -42,6 +42,12 @@ FOREIGN = (  # flags of similar projects, and what to use here: a flag or a sent
     (("--output-dir", "--output", "--out", "--out-dir", "--save-dir", "--log-dir"), "--exp-dir"),
     (("--num-workers", "--n-workers", "--num-works"), "--workers"),
     (("--pretrained", "--weights", "--checkpoint", "--ckpt"), "--init"),
+    (("--init", "--weights", "--checkpoint", "--ckpt"), "--pretrained"),
+    (("-a", "--arch"), "the checkpoint says which network it is"),
+    (
+        ("--lr", "--learning-rate", "--schedule", "--epochs", "--wd", "--weight-decay"),
+        "the probes have settings of their own; --protocol moco is the published one",
+    ),
     (("--moco-dim", "--dim", "--feat-dim", "--feature-dim"), "--low-dim"),
     (("--moco-k", "--queue-size", "--nce-k"), "--pcl-r"),
     (("--moco-t", "--tau", "--nce-t", "--temp"), "--temperature"),
@@ -234,12 +240,12 @@ def name_changes(old, new):
 
 
 # -- progress --------------------------------------------------------------------------------------
-EVERY = 50  # seconds after which there is a line again where there is no terminal
+EVERY = 50  # without a terminal, seconds without a line after which one is printed
 last_line = time.monotonic()  # when the last line was printed
 
 
 def is_first_rank():
-    """Whether this process is the one that speaks. It holds from the start, as torchrun says it."""
+    """Whether this is the first rank, also before there is a process group: torchrun sets RANK."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -277,7 +283,7 @@ class Progress(tqdm):
         return ends
 
     def note(self, text):
-        """Print a line above the bar, unless it is empty. Other ranks print nothing."""
+        """Print `text` above the bar if it is not empty. Other ranks print nothing."""
         if text and not self.disable:
             with self.external_write_mode():
                 say(text)
@@ -341,7 +347,7 @@ def errors_in_one_line(data_error, again="start again with the same command"):
     Errors in the data, of type `data_error`, exit with status 2; a full disk, a dead peer and too
     little memory with status 1; Ctrl-C with status 130. Other errors are bugs and keep their
     traceback.
-    again: how to go on after Ctrl-C.
+    again: how to go on after an interruption.
     """
     start.again = again
     start.is_caught = True
@@ -352,7 +358,7 @@ def errors_in_one_line(data_error, again="start again with the same command"):
     except Exception as error:
         if start.is_interrupted:  # for example because a loader worker has ended as well
             stop_at_once(again)
-        fail_if_foreseeable(error, data_error)
+        fail_if_foreseeable(error, data_error, again)
         raise
     finally:
         start.is_caught = False
@@ -360,7 +366,7 @@ def errors_in_one_line(data_error, again="start again with the same command"):
         dist.destroy_process_group()
 
 
-def fail_if_foreseeable(error, data_error):
+def fail_if_foreseeable(error, data_error, again):
     """End the program in one line if `error` is no bug of the program."""
     text = format_error(error)
     signs = str(error).lower()
@@ -369,7 +375,7 @@ def fail_if_foreseeable(error, data_error):
     if isinstance(error, MemoryError):
         fail_for_memory(error)
     if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-        fail(f"{text}; earlier checkpoints are whole: make room, and continue with --resume", 1)
+        fail(f"{text}; make room; {again}", 1)
     if isinstance(error, OSError) and error.errno in UNUSABLE_NAME and error.filename:
         fail(f"{error.strerror}: {error.filename}")
     if not isinstance(error, RuntimeError):
@@ -377,7 +383,7 @@ def fail_if_foreseeable(error, data_error):
     if any(sign in signs for sign in OUT_OF_MEMORY):
         fail_for_memory(error)
     if dist.is_initialized() and any(sign in signs for sign in PEER_IS_GONE):
-        fail(f"another process of this run has ended; continue with --resume ({text})", 1)
+        fail(f"another process of this run has ended ({text}); {again}", 1)
 
 
 def stop_at_once(again):
@@ -390,9 +396,7 @@ def stop_at_once(again):
 def fail_for_memory(error):
     """End the program for want of memory."""
     text = format_error(error).partition("\\n")[0]
-    fail(
-        f"out of memory; lower --batch-size or --image-size, or choose a smaller --arch ({text})", 1
-    )
+    fail(f"out of memory ({text}); lower --batch-size or --image-size", 1)
 
 
 @contextlib.contextmanager

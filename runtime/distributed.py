@@ -119,6 +119,12 @@ def get_rank_and_world():
     return 0, 1
 
 
+def default_workers():
+    """The number of processes that load a rank's images: the cores per rank, at most 8."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this node; set by torchrun
+    return min(8, max(1, (os.cpu_count() or 1) // ranks))
+
+
 def print_main(text):
     """Print on the first rank only."""
     if get_rank_and_world()[0] == 0:

@@ -185,11 +185,15 @@ def refuse_misfits(encoder, found, path, advice=""):
     own = state_without_fc(encoder)
     wrong = []
     for name in {**own, **found.state}:
-        given = list(found.state[name].shape) if name in found.state else "missing"
-        wanted = list(own[name].shape) if name in own else "expected"
-        is_optional = given == "missing" and "num_batches" in name
-        if given != wanted and not is_optional:
-            wrong.append(f"{name[:80]} is {given}, not {wanted}")
+        shown = name[:80]
+        if name not in own:
+            wrong.append(f"{shown} is not expected")
+        elif name not in found.state:
+            if "num_batches" not in name:  # batch norm works without it
+                wrong.append(f"{shown} is missing")
+        elif found.state[name].shape != own[name].shape:
+            shapes = [list(tensor.shape) for tensor in (found.state[name], own[name])]
+            wrong.append(f"{shown} is {shapes[0]}, not {shapes[1]}")
     if wrong:
         message = f"{path} does not hold the weights of a {found.arch}: {', '.join(wrong[:3])}"
         fail(format_error(message + advice))

@@ -25,6 +25,7 @@ SETTINGS = {
     "crop_min": 0.2,
     "cluster_head": "none",
     "bn_splits": 2,
+    "low_dim": 128,
 }
 
 
@@ -207,6 +208,13 @@ def test_a_collapse_is_warned_of_once(figures, expected):
     assert expected in warning
     if warning:
         assert warning.endswith("; ".join(diagnose.remedies(4.1, SETTINGS)))
+
+
+@pytest.mark.parametrize("low_dim, rank", [(2, 1.99), (3, 2.9), (8, 2.8)])
+def test_few_dimensions_cannot_have_a_high_rank(low_dim, rank):
+    log = log_of((rank, 0.9), (rank, 0.9))
+    assert not diagnose.warn_of_collapse(log, {**SETTINGS, "low_dim": low_dim})
+    assert diagnose.warn_of_collapse(log, SETTINGS)
 
 
 def test_epochs_of_an_older_version_are_no_collapse():

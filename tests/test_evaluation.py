@@ -13,10 +13,12 @@ from conftest import TINY, fails, run
 from PIL import Image
 from sklearn.manifold import TSNE
 
+import data
 import eval_lincls
 import main_pcl
 import runtime.checkpoint
 import runtime.directory
+from data import Digits
 from model import build_encoder
 from runtime import report
 
@@ -132,7 +134,9 @@ def test_what_was_measured_before_a_failure_is_shown_and_written(finished, capsy
 
     monkeypatch.setattr(eval_lincls, "extract_all", failing)
     assert "cannot read" in fails(capsys, eval_lincls.main, "--exp-dir", finished)
-    assert "linear" in read(finished / "eval.json")["figures"]["trained"]
+    result = read(finished / "eval.json")
+    assert "linear" in result["figures"]["trained"]
+    assert (finished / result["map"]).is_file()
 
 
 def test_the_pictures_of_a_run_are_worth_less_than_the_run(folder, tmp_path, capsys):
@@ -261,6 +265,32 @@ def test_a_baseline_that_is_one_network_has_no_deviation(runs, tmp_path, capsys)
     assert [result["checkpoint"] for result in stored["runs"]] == [
         str(directory / "checkpoint.pth.tar") for directory in runs
     ]
+
+
+def test_a_baseline_that_is_one_network_is_measured_once(runs, tmp_path, monkeypatch):
+    measure = eval_lincls.measure
+    measured = []
+
+    def recording(row, *args):
+        measured.append(row)
+        return measure(row, *args)
+
+    monkeypatch.setattr(eval_lincls, "measure", recording)
+    evaluate("--exp-dir", *runs, "--num-cluster", 4, "--json", tmp_path / "all.json")
+    assert sorted(measured) == ["raw pixels", "trained", "trained", "trained", "untrained"]
+    for result in read(tmp_path / "all.json")["runs"]:
+        alone = evaluate("--exp-dir", result["checkpoint"].rpartition("/")[0], "--num-cluster", 4)
+        assert alone == result["figures"]
+
+
+def test_runs_of_different_images_are_noted(runs, folder, tmp_path, capsys):
+    other = shutil.copytree(folder, tmp_path / "other")
+    next((other / "train" / "class 0").iterdir()).unlink()
+    run(other, *TINY, "--epochs", 1, "--exp-dir", tmp_path / "run")
+    evaluate("--exp-dir", runs[0], tmp_path / "run", *FAST)
+    assert "note: these runs are of different images" in capsys.readouterr().out
+    evaluate("--exp-dir", *runs[:2], *FAST)
+    assert "note: these runs" not in capsys.readouterr().out
 
 
 def test_untrained_networks_of_two_architectures_are_two_networks(runs, folder, tmp_path, capsys):
@@ -407,6 +437,51 @@ def test_a_checkpoint_of_another_project_is_not_overwritten(folder, tmp_path, ca
     torch.save(torchvision.models.resnet18().state_dict(), file)
     options = [folder, "--pretrained", file, "--export", file]
     assert "is evaluated" in refuses(capsys, monkeypatch, *options)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth.tar", "checkpoint_0199.pth.tar", "log.csv"])
+def test_a_checkpoint_of_a_run_named_as_a_file_keeps_its_run(finished, capsys, monkeypatch, name):
+    old = shutil.copy(finished / "checkpoint.pth.tar", finished / "checkpoint_0000.pth.tar")
+    options = ["digits", "--pretrained", old, "--clusters", finished / name]
+    assert "a file of the run" in refuses(capsys, monkeypatch, *options)
+
+
+def test_data_that_is_gone_is_to_be_named(finished, capsys, monkeypatch, tmp_path):
+    """Here the run was started elsewhere, with a relative path."""
+    stored = torch.load(finished / "checkpoint.pth.tar", weights_only=True)
+    stored["args"]["data"] = "images"
+    torch.save(stored, finished / "checkpoint.pth.tar")
+    monkeypatch.chdir(tmp_path)
+    error = refuses(capsys, monkeypatch, "--exp-dir", finished)
+    assert "was trained on images, which is not there; name the data" in error
+
+
+class HalfLabelled(Digits):
+    """The digits; the second half of the training images has no labels."""
+
+    def __init__(self, directory, download, train):
+        super().__init__(slice(None, -360) if train else slice(-360, None))
+        self.targets = self.targets.astype(int)
+        if train:
+            self.targets[len(self) // 2 :] = -1
+
+
+def test_only_labelled_images_vote_and_count(finished, capsys, monkeypatch):
+    monkeypatch.setitem(data.DOWNLOADS, "halves", HalfLabelled)
+    figures = evaluate("halves", "--exp-dir", finished, "--image-size", 10, *FAST)["trained"]
+    assert f"kNN {1437 // 2 // 50}" in figures
+    figures = evaluate("halves", "--exp-dir", finished, "--image-size", 10, *FAST, "--knn-k", 1000)
+    assert f"kNN {1437 // 2}" in figures["trained"]
+
+
+def test_features_that_are_not_finite_name_their_image(finished, folder, capsys, monkeypatch):
+    stored = torch.load(finished / "checkpoint.pth.tar", weights_only=True)
+    for name, value in stored["state_dict"].items():
+        if name.endswith("encoder_q.bn1.weight"):
+            value.fill_(torch.nan)
+    torch.save(stored, finished / "checkpoint.pth.tar")
+    line = fails(capsys, eval_lincls.main, "--exp-dir", str(finished), *FAST)
+    assert f"the features of '{folder}/train/class 0/0.png' are not finite" in line
 
 
 # -- checkpoints of other trainers -----------------------------------------------------------------

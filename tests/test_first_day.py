@@ -1,7 +1,9 @@
 """What a new user meets on the first day: help, suggestions, signs of life, long runs."""
 
+import errno
 import fnmatch
 import io
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ from conftest import TINY, assert_same, fails, run, weights
 import diagnose
 import eval_lincls
 import main_pcl
-from runtime import cli
+from runtime import cli, distributed
 
 ROOT = Path(main_pcl.__file__).parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -67,6 +69,36 @@ def test_a_flag_of_other_projects_gets_advice_that_works(capsys, monkeypatch, wo
         assert error.rstrip().endswith(f"unrecognized arguments: {words[0]}")
     else:
         assert error.rstrip().endswith(advice)
+
+
+@pytest.mark.parametrize(
+    "words, advice",
+    [
+        (["--checkpoint", "x"], "did you mean --pretrained?"),
+        (["--init", "x"], "did you mean --pretrained?"),
+        (["-a", "resnet50"], "the checkpoint says which network it is"),
+        (["--lr", "5"], "--protocol moco is the published one"),
+    ],
+)
+def test_a_flag_of_training_or_of_another_evaluation_gets_advice(capsys, words, advice):
+    assert fails(capsys, eval_lincls.main, *words).rstrip().endswith(advice)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
+def test_an_interruption_says_how_this_program_goes_on(capsys, error):
+    with pytest.raises(SystemExit), cli.errors_in_one_line(ValueError, "start again"):
+        raise error
+    assert capsys.readouterr().err.endswith("; start again\n")
+
+
+def test_workers_follow_the_cores_per_rank_of_this_machine(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 32)
+    assert distributed.default_workers() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # of WORLD_SIZE 16 on two machines
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert distributed.default_workers() == 4
 
 
 # -- signs of life ---------------------------------------------------------------------------------

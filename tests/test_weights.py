@@ -192,9 +192,9 @@ def test_weights_that_do_not_fit_change_nothing(capsys, sides):
     state["layer1.0.x"] = torch.zeros(9)
     found = find_resnet(state, "file.pth")
     line = fails(capsys, lambda _: load_backbone(encoder, found, "file.pth"))
-    assert "file.pth does not hold the weights of a resnet18: bn1.bias is missing, not [64]" in line
+    assert "file.pth does not hold the weights of a resnet18: bn1.bias is missing" in line
     wrong_shape = "layer3.1.conv2.weight is [2, 2], not [256, 256, 3, 3]"
-    assert f"{wrong_shape}, layer1.0.se is [9], not expected\n" in line
+    assert f"{wrong_shape}, layer1.0.se is not expected\n" in line
     assert_same(encoder.state_dict(), before)
 
 
