@@ -87,9 +87,9 @@ FEW_LABELS = {
     "M": ["20"],
 }
 
-# training images of each class: of P and F; of L and M, which are 10,000 as well
-BALANCED = [1000] * CLASSES
-LONG_TAILED = [round(4030 / 100 ** (i / 9)) for i in range(CLASSES)]
+# images of each class
+BALANCED = [1000] * CLASSES  # training images of P and F
+LONG_TAILED = [round(4030 / 100 ** (i / 9)) for i in range(CLASSES)]  # of L and M, also 10,000
 HELD_OUT = [200] * CLASSES
 
 # experiments.csv
@@ -131,7 +131,7 @@ def read_experiments(path):
     return experiments
 
 
-LOGS = ROOT / "results" / "logs"  # logs of runs that are not repeated in minutes
+LOGS = ROOT / "results" / "logs"  # logs of runs that take too long to repeat for a picture
 EXPERIMENTS = read_experiments(Path(__file__).with_suffix(".ini"))
 
 
@@ -141,7 +141,7 @@ class TwoHeads(Sequential):
 
     def __init__(self, a, b, b_takes_pooled):
         super().__init__(*a)
-        # inside a layer of a, where stored checkpoints have its weights; the layer ignores it
+        # stored in a's first layer, which ignores it, because old checkpoints name it so
         self[0].b = b
         self.b_takes_pooled = b_takes_pooled
 
@@ -164,7 +164,7 @@ class HeadB(main_pcl.MoCo):
     """
 
     def __init__(self, base_encoder, dim, r, kind, **options):
-        # the twin's queue is drawn below, after b, as in the stored runs
+        # the twin's queue is drawn after b, to match the stored runs
         early_r = 0 if kind == "twin" else r
         super().__init__(base_encoder, dim, early_r, **options)
         self.kind = kind
@@ -319,8 +319,8 @@ PATCHES = {
     # a mistake of the published code inside both losses: no name of main_pcl reaches there
     "topk": (loss, "_cross_entropy", cross_entropy_with_topk),
 }
-# {how a patch's name begins: the module of its PATCHES}, imported only if needed: peers needs
-# lightly, and published the published code
+# {beginning of a patch's name: the module that has it in its PATCHES}. A module is imported only if
+# needed, because peers needs lightly, and published the published code.
 PATCHES_ELSEWHERE = {"lightly-": "peers", "small-": "small_crops", "published": "published"}
 
 
@@ -471,7 +471,7 @@ def run(job, places, runs):
     directory = directory_of(job["command"], runs)
     directory.mkdir(parents=True, exist_ok=True)
     output = directory / "output.txt"
-    commit = current_commit()
+    commits = commits_of(directory)
 
     words = [places.get(word, word) for word in job["command"].split()[1:]]
     status = launch([*words, "--exp-dir", directory, "--resume"], output)
@@ -480,7 +480,7 @@ def run(job, places, runs):
         if job["data"] in FEW_LABELS:
             evaluation += ["--labels", *FEW_LABELS[job["data"]]]
         status = launch(evaluation, output)
-    last_words = output.read_text()[-500:]
+    last_words = output.read_text()[-2000:]
     if status != 0 and not any(message in last_words for message in DIVERGED):
         print(f"failed, see {output}", file=sys.stderr)
         return None
@@ -494,8 +494,17 @@ def run(job, places, runs):
     figures = {name: f"{float(value):.2f}" for name, value in figures.items()}
     figures["other_linear"] = other_linear
     images_seen, minutes = training_cost(directory)
-    costs = {"images_seen": images_seen, "minutes": f"{minutes:.1f}", "commit": commit}
+    costs = {"images_seen": images_seen, "minutes": f"{minutes:.1f}", "commit": commits}
     return job | figures | costs
+
+
+def commits_of(directory):
+    """The commits that have worked on a run, in order. Adds the current one."""
+    path = directory / "commits.txt"
+    found = path.read_text().split() if path.exists() else []
+    found = list(dict.fromkeys([*found, current_commit()]))
+    path.write_text("\n".join(found))
+    return " ".join(found)
 
 
 def current_commit():
@@ -645,20 +654,23 @@ def markdown_line(cells):
 def draw(name, rows, runs, path):
     """Draw the curves of an experiment.
 
-    runs: the directory of the runs. Missing runs are left out. If all are missing, the picture at
-        `path` stays as it is.
+    runs: the directory of the runs. If the log of a run is missing, the picture at `path` stays as
+        it is, and a line says so.
     """
     logs = {}  # {data: {arm: rows of the log.csv of all seeds}}
     first_rows = {}  # {arm: row of its first seed}
+    missing = 0
     for data, arm, found in rows_of(name, rows):
         epochs = []
         for row in found:
             directory = directory_of(row["command"], runs)
-            epochs += read(directory / "log.csv") or read(LOGS / f"{directory.name}.csv")
-        if epochs:
-            logs.setdefault(data, {})[arm] = epochs
-            first_rows[arm] = found[0]
-    if not logs:
+            log = read(directory / "log.csv") or read(LOGS / f"{directory.name}.csv")
+            missing += not log
+            epochs += log
+        logs.setdefault(data, {})[arm] = epochs
+        first_rows[arm] = found[0]
+    if missing or not logs:
+        print(f"no new {path.name}: {runs} lacks the logs of {missing} runs\n")
         return
     figure = draw_worth(logs["C"], first_rows) if name == "C" else draw_blocks(logs)
     figure.suptitle(EXPERIMENTS[name]["question"])
@@ -999,8 +1011,8 @@ def get_parser():
         type=Path,
         default=ROOT / "results",
         metavar="DIR",
-        help="directory of experiments.csv and of the pictures; name an empty one to run "
-        "everything again; default: results",
+        help="directory of experiments.csv and of the pictures; to run everything again, name an "
+        "empty one here and for --runs; default: results",
     )
     add("--table", action="store_true", help="print the tables and run nothing")
     add(

@@ -1,13 +1,17 @@
-"""How fast a GPU trains: one table, in less than four minutes.
+"""How fast a GPU trains: one table, in a few minutes.
 
     python benchmarks/gpu.py                       # CIFAR-10, which is downloaded
     python benchmarks/gpu.py --data path/to/images
     python benchmarks/gpu.py --quick               # tiny runs on any machine, to see that it works
 
 Each row is a run of two epochs, the first of them InfoNCE alone. Its speed is that of the second
-epoch. "eager" launches every kernel by itself, "graphs" has the encoders as CUDA graphs, the
-default, and "compiled" compiles them before. Kernels and device time are counted over 32 steps,
-which then take longer.
+epoch. There are three ways of running the encoders:
+
+    eager       every kernel is launched by itself
+    graphs      the encoders are CUDA graphs, the default
+    compiled    torch.compile first, then CUDA graphs
+
+Below the table are the kernels and the device time of 32 steps, for the first batch size only.
 
 E-step: clustering for the second epoch. kNN: one kNN accuracy. Both include their passes.
 """

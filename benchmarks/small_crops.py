@@ -38,7 +38,7 @@ class SmallViews(RandomView):
         small = []
         for i in range(CROPS):
             small_draws = RandomView.draw(len(images), seed + i)
-            # the area is uniform between the smallest one and 1: keep the lower part
+            # areas are uniform from SMALLEST to 1: rescale them to SMALLEST to LARGEST
             Draws.split(small_draws).box_area.mul_((LARGEST - SMALLEST) / (1 - SMALLEST))
             small.append(RandomView.two_views(small_view, images, small_draws))  # of the base class
         return [pack(view, crops) for view, *crops in zip(views, *small, strict=True)]

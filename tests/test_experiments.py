@@ -1,5 +1,6 @@
 """The experiments: patches take effect, a run becomes one row, tables and data are right."""
 
+import argparse
 import functools
 import gzip
 import io
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from conftest import TINY, fails, run, state
 from matplotlib.figure import Figure
 from PIL import Image
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import experiments
@@ -27,8 +29,9 @@ import eval_lincls
 import loss
 import main_pcl
 import model
-from augment import STD, RandomView
+from augment import MEAN, STD, RandomView
 from cluster import Clusters
+from data import Digits, EpochSampler, Images, identity_collate, plain_view
 
 
 @pytest.fixture
@@ -230,6 +233,40 @@ def test_half_jitter(patch):
     torch.testing.assert_close(main_pcl.RandomView(8).jitter, jitter / 2)
 
 
+def test_less_grayscale_leaves_the_colour_to_more_views(patch):
+    patch("grayscale-0.1")
+    images = torch.randint(256, (1000, 3, 4, 4), dtype=torch.uint8)
+    view = main_pcl.RandomView(4, color_jitter=False)
+    views, _ = view.two_views(images, main_pcl.RandomView.draw(1000, seed=0))
+    views = views * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    grey = (views[:, 0] - views[:, 1]).abs().amax((1, 2)) < 0.01
+    assert 0.06 < grey.float().mean() < 0.14  # 0.1 within four standard errors
+
+
+def test_views_as_on_a_gpu_are_made_for_many_steps_at_once(patch):
+    images = Images(Digits(slice(0, 32)), plain_view(8), pixels=torch.zeros(32, 3, 8, 8).byte())
+    sampler = EpochSampler(32, 4)
+    loader = DataLoader(images, 4, sampler=sampler, collate_fn=identity_collate)
+    args = argparse.Namespace(batch_size=4, seed=0, device="cpu", image_size=8)
+
+    def images_per_call():
+        """The number of images in each call of two_views during an epoch of eight steps."""
+        calls = []
+
+        class Counting(RandomView):
+            def two_views(self, images, draws):
+                calls.append(len(images))
+                return super().two_views(images, draws)
+
+        run = argparse.Namespace(args=args, epoch=0, step=0)
+        assert len(list(main_pcl.views_of_steps(run, loader, Counting(8)))) == 8
+        return calls
+
+    assert images_per_call() == [4] * 8
+    patch("gpu-views")
+    assert images_per_call() == [32]
+
+
 def test_topk_counts_equal_logits_as_hits(patch):
     queries = torch.ones(4, 8)
     queue = torch.ones(8, 64)
@@ -373,7 +410,7 @@ def test_a_run_becomes_a_row_once(fake, tmp_path, capsys):
     assert len(fake.launched) == 10
     fake.main("one", "0", "1", "2", "--arms", "a")
     assert len(fake.launched) == 12
-    # the other experiment takes over its rows; asked together, they share new runs
+    # experiments with the same arms use the same rows; run together, they share each new run
     capsys.readouterr()
     fake.main("two", "0", "--arms", "a")
     assert len(fake.launched) == 12
@@ -440,6 +477,29 @@ def test_the_picture_stays_if_the_runs_are_gone(fake, tmp_path, monkeypatch):
     fake.main("one", "0", "1")
     assert len(fake.launched) == 10
     assert (tmp_path / "one.png").stat() == picture
+
+
+def test_the_picture_stays_if_one_run_is_gone(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "draw", DRAW)
+    fake.main("one", "0", "1")
+    picture = (tmp_path / "one.png").stat()
+    shutil.rmtree(next((tmp_path / "runs").glob("*0.2*")))
+    fake.main("one", "2")
+    assert (tmp_path / "one.png").stat() == picture
+    assert f"no new one.png: {tmp_path}/runs lacks the logs of 1 runs" in capsys.readouterr().out
+
+
+def test_a_row_names_all_commits_that_have_worked_on_its_run(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "current_commit", lambda: "abc")
+    fake.main("one", "0", "--arms", "a", "b")
+    monkeypatch.setattr(experiments, "current_commit", lambda: "def")
+    rows = experiments.read(tmp_path / "experiments.csv")
+    assert [row["commit"] for row in rows] == ["abc", "abc"]
+    (tmp_path / "experiments.csv").unlink()  # the runs are still there
+    shutil.rmtree(next((tmp_path / "runs").glob("*0.2*")))
+    fake.main("one", "0", "--arms", "a", "b")
+    rows = experiments.read(tmp_path / "experiments.csv")
+    assert sorted(row["commit"] for row in rows) == ["abc def", "def"]
 
 
 def test_the_picture_compares_each_arm_with_the_first(fake, tmp_path, monkeypatch):

@@ -22,8 +22,12 @@ from model import build_encoder
 from runtime.weights import export
 
 ROOT = Path(main_pcl.__file__).parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import experiments  # noqa: E402
+
 README = ROOT / "README.md"
 FINE_TUNING = ROOT / "results" / "fine-tuning.md"
+RESULTS = ROOT / "results" / "README.md"
 PAGES = [README, *sorted((ROOT / "results").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
@@ -38,15 +42,9 @@ def blocks(page, language):
 
 
 # -- snippets --------------------------------------------------------------------------------------
-def is_edit(snippet):
-    """Whether a snippet shows a change to one of our files, whose name is its first line."""
-    return re.match(r"# [\w/]+\.py\n", snippet) is not None
-
-
 PYTHON = blocks(README, "python") + blocks(FINE_TUNING, "python")
 WITH_PANDAS = [snippet for snippet in PYTHON if "pandas" in snippet]
-SNIPPETS = [snippet for snippet in PYTHON if not is_edit(snippet) and snippet not in WITH_PANDAS]
-EDITS = [snippet for snippet in PYTHON if is_edit(snippet)]
+SNIPPETS = [snippet for snippet in PYTHON if snippet not in WITH_PANDAS]
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -58,7 +56,7 @@ def test_a_snippet_runs_as_it_stands(snippet, tmp_path, monkeypatch, capsys):
     elif "resnet.pth" in snippet:
         export("resnet.pth", build_encoder("resnet50"), "resnet50", False)
     exec(compile(snippet, "snippet", "exec"), {})
-    if "resnet" in snippet and "MoCo" not in snippet:
+    if "resnet" in snippet:
         assert capsys.readouterr().out == "['fc.weight', 'fc.bias']\n"
 
 
@@ -91,12 +89,6 @@ def test_the_snippets_of_fine_tuning_load_exported_weights():
     assert sum("load_state_dict" in snippet for snippet in SNIPPETS) >= 3
 
 
-def test_edits_name_files_of_ours():
-    for snippet in EDITS:
-        name = snippet.splitlines()[0].removeprefix("# ")
-        assert (ROOT / name).exists()
-
-
 def test_the_places_to_change_exist():
     """As in: `model.py`: `MoCo.__init__`, `MoCo.forward`."""
     places = re.findall(r"`(\w+)\.py`: ((?:`[\w.]+`(?:, )?)+)", README.read_text())
@@ -120,8 +112,6 @@ SHORT_RUN = [*TINY, "--epochs", "2", "--warmup", "1", "--image-size", "8", "--ov
 SHORT_EVALUATION = ["--workers", "0", "--num-cluster", "4"]
 ON_ONE_MACHINE = {
     "--nproc_per_node=8": "--nproc_per_node=2",
-    "--nnodes=2": "--nnodes=1",
-    "--rdzv_endpoint=HOST:29500": "--rdzv_endpoint=localhost:0",
     "main_pcl.py": str(ROOT / "main_pcl.py"),
     "eval_lincls.py": str(ROOT / "eval_lincls.py"),
 }
@@ -145,8 +135,6 @@ def launch(arguments):
     short = [*SHORT_EVALUATION, "-b", "16"]
     if "main_pcl.py" in arguments:
         short = SHORT_RUN
-    if "--nnodes=2" in arguments:  # one process is enough: the other commands have two
-        arguments.remove("--nproc_per_node=8")
     arguments = [ON_ONE_MACHINE.get(argument, argument) for argument in arguments]
     command = [sys.executable, "-m", "torch.distributed.run", *arguments, *short]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -161,7 +149,6 @@ def test_the_commands_run_in_the_readmes_order(folder, tmp_path, monkeypatch):
     resnet = torchvision.models.resnet18().state_dict()
     state = {f"module.encoder_q.{name}": value for name, value in resnet.items()}
     torch.save({"arch": "resnet18", "state_dict": state}, "moco_v2_200ep_pretrain.pth.tar")
-    torch.save(build_encoder("resnet18_w4", small_images=True).state_dict(), "resnet50.pth")
 
     programs = set()
     for program, *arguments in read_commands(README):
@@ -175,9 +162,21 @@ def test_the_commands_run_in_the_readmes_order(folder, tmp_path, monkeypatch):
             train(arguments[1:])
         elif program == "python" and arguments[0] == "eval_lincls.py":
             evaluate(arguments[1:])
-        elif program == "python":
-            assert arguments[0] == "benchmarks/bench.py"
+        else:
+            assert program in ("pip", "pytest")
     assert programs == {"pip", "pytest", "python", "torchrun"}
+
+
+COMMANDS = re.findall(r"^.*benchmarks/experiments\.py .*$", RESULTS.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith("[")])
+def test_a_command_of_the_results_names_experiments_and_arms_that_exist(line):
+    """check_names ends the program otherwise."""
+    words = shlex.split(line.partition("experiments.py ")[2], comments=True)
+    args = experiments.get_parser().parse_args(words)
+    assert args.experiments or args.make_data
+    experiments.check_names(args)
 
 
 # -- flags and links -------------------------------------------------------------------------------
