@@ -41,8 +41,8 @@ SMALL = 64  # up to this many pixels: no blur, and the plain view keeps the bord
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
 MEMORY = 4 << 30  # bytes that images in memory may take
 CHUNK = 1 << 20  # bytes of images that a process hands over at a time
-MANY = 8 << 20  # bytes of images that one process reads in about a second
-ENOUGH = 4  # a large JPEG file is read at this many times the side of a view, or more
+MANY = 8 << 20  # bytes of images; one process reads fewer in about a second
+ENOUGH = 4  # large JPEG files are read at a reduced size, but no less than this many views' sides
 SHOWN = 5  # broken images that an error names
 HEADERS = 1024  # images whose header tells whether there are any of more than 8 bits
 SAMPLED = 100  # of these, the images whose values are looked at
@@ -61,8 +61,18 @@ PLUG_INS = {
     ".heic": " (pip install pillow-heif to read them)",
     ".heif": " (pip install pillow-heif to read them)",
 }
-PARTS = ("train", "training")  # of training images; then of held-out images, the best name first
-PARTS += ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing", "heldout")
+TRAIN_PARTS = ("train", "training")
+HELD_OUT_PARTS = (  # the best name first
+    "val",
+    "valid",
+    "validation",
+    "dev",
+    "eval",
+    "evaluation",
+    "test",
+    "testing",
+    "heldout",
+)
 SYSTEM_FOLDERS = (  # hidden ones that do not start with a dot, in lower case
     "@eadir",
     "@recycle",
@@ -89,7 +99,7 @@ TURNS = {  # what brings an image upright, by EXIF's number of its orientation
     8: Image.Transpose.ROTATE_90,
 }
 OTHER_ENDIAN = "B" if sys.byteorder == "little" else "L"
-LOW_BYTES = {  # {Pillow's name of 16-bit colours in a file: the name that reads their low bytes}
+LOW_BYTES = {  # {Pillow's raw mode of 16-bit colours: the mode that reads the low bytes instead}
     "RGB;16L": "RGB;16B",
     "RGB;16B": "RGB;16L",
     "RGB;16N": f"RGB;16{OTHER_ENDIAN}",
@@ -310,7 +320,8 @@ def load_into_memory(datasets, device="cpu", workers=0):
 
     # Leave a large data set, and large images, on the disk.
     shape = _first_shape(whole)
-    num_views = len(datasets.plain)
+    is_cropped = side > SMALL or shape[1:] != (side, side)  # by the plain view
+    num_views = len(datasets.plain) if is_cropped else 0
     if datasets.val is not None:
         num_views += len(datasets.val)
     too_many = len(whole) * shape.numel() + num_views * 3 * side**2 > MEMORY
@@ -333,7 +344,7 @@ def load_into_memory(datasets, device="cpu", workers=0):
     # Read the training images again under the plain view, unless it shows all of the image.
     train_pixels = train_pixels.to(device)
     plain_pixels = train_pixels
-    if side > SMALL or shape[1:] != (side, side):
+    if is_cropped:
         title = "cropping training images"
         plain_pixels = _read_all(datasets.plain, (3, side, side), title, workers).to(device)
 
@@ -402,7 +413,7 @@ class _Views(Dataset):
 
 
 def _ignore_ctrl_c(_):
-    """For a worker: Ctrl-C reaches all processes, and the main one ends its workers."""
+    """Let a worker ignore Ctrl-C. It reaches all processes, and the main one ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -857,8 +868,8 @@ class Folder:
 def read_root(root):
     """The images of the folder `root`, by the first of these layouts that fits.
 
-    - parts: train/ and perhaps val/ or test/ (PARTS has the other names), each with a folder per
-      class, or with images and no classes;
+    - parts: train/ and perhaps val/ or test/ (TRAIN_PARTS and HELD_OUT_PARTS have the other names),
+      each with a folder per class, or with images and no classes;
     - a folder per class: all images are training images;
     - images at any depth, without classes.
 
@@ -1031,12 +1042,12 @@ def _unwrap(branch):
 
 def _is_train(name):
     """Whether a folder of this name is the part of the training images."""
-    return _part(name) in PARTS[:2]
+    return _part(name) in TRAIN_PARTS
 
 
 def _is_held_out(name):
     """Whether a folder of this name is a part of held-out images."""
-    return _part(name) in PARTS[2:]
+    return _part(name) in HELD_OUT_PARTS
 
 
 def _part(name):
@@ -1048,7 +1059,8 @@ def _part(name):
 
 def _part_key(name):
     """The order of preference among folders that are parts."""
-    return PARTS.index(_part(name)), name != _part(name), name
+    parts = (*TRAIN_PARTS, *HELD_OUT_PARTS)
+    return parts.index(_part(name)), name != _part(name), name
 
 
 def _read_parts(top, train_name, record):

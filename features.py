@@ -53,7 +53,8 @@ def extract_features(loader, model, device="cpu"):
     indices = [torch.empty(0, dtype=torch.long)]
     for images, index in _progress(loader, rank):
         # Keep copies: a tensor from a loader worker holds a file open for as long as it lives.
-        features.append(model(images.to(device, non_blocking=True)).float().cpu().clone())
+        output = model(images.to(device, non_blocking=True)).float()
+        features.append(output.to("cpu", copy=True))
         indices.append(torch.as_tensor(index).clone())
 
     # Gather the shares of all ranks.
@@ -160,8 +161,8 @@ def _empty(shape, path):
 
 def _progress(loader, rank):
     """A progress bar over `loader`, shown by rank 0 alone, and only on a terminal."""
-    hidden = None if rank == 0 else True  # None: hidden unless the output is a terminal
-    return tqdm(loader, desc="features", leave=False, disable=hidden)
+    disable = True if rank > 0 else None  # None: disabled unless the output is a terminal
+    return tqdm(loader, desc="features", leave=False, disable=disable)
 
 
 def _rank_and_world():

@@ -11,7 +11,7 @@ an image, and ProtoNCE between an image and the prototypes, the centres of its c
     python main_pcl.py path/to/imagenet --amp --cos
     torchrun --nproc_per_node=8 main_pcl.py path/to/imagenet --amp --cos
 
-    # two nodes with 8 GPUs each: run this on both
+    # two nodes with 8 GPUs each, which share --exp-dir: run this on both
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         main_pcl.py path/to/imagenet --amp --cos
 
@@ -60,11 +60,11 @@ from runtime import checkpoint, cli, distributed, image_files, report, weights
 from runtime.directory import check_writable, choose_directory, lock, remove_features, write_args
 from runtime.distributed import get_rank_and_world, print_main
 
-SYNC_EVERY = 20  # steps between reads of their results; each read makes the host wait
+SYNC_EVERY = 20  # read the results of so many steps at once: the host waits for the device then
 SAVE_EVERY = 60  # seconds between checkpoints, so not every short epoch is saved
 DRAW_EVERY = 100  # seconds between drawings of a picture; one takes about a second
-# views that a GPU makes in one go: at most this many pixels (of the batches of all processes), and
-# this many steps, which share the order of the colour jitter
+# A GPU makes the views of several steps at once: at most this many pixels, counted over all
+# processes, and this many steps. These steps share one order of the colour jitter.
 PIXELS_AT_ONCE = 2**22
 STEPS_AT_ONCE = 32
 MAX_SKIPPED = 20  # steps in a row that the gradient scaler may skip after an overflow
@@ -78,7 +78,7 @@ AUGMENTATION = (  # flags that are also arguments of RandomView
     "blur",
     "flip",
 )
-OF_A_RANK = ("data", "workers", "init", "config", "resume")  # may differ between the ranks
+MAY_DIFFER = ("data", "workers", "init", "config", "resume")  # arguments of a rank alone
 ANNOUNCED = (  # settings that are printed at the start
     "arch",
     "stem",
@@ -142,15 +142,15 @@ def train_one_epoch(run, network, loader, random_view, keys, stop):
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        grad_norm = clip_gradients(model, args.clip_grad)
+        grad_norm = clip_gradients(optimizer, args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         model.momentum_update_key_encoder()
         model.dequeue_and_enqueue(k)
         run.step += 1
 
-        # keep the results on the device and look at them every SYNC_EVERY steps, or if steps take
-        # more than a second, at every one
+        # keep the results on the device, and read them every SYNC_EVERY steps, or in every step if
+        # steps take more than a second
         figures = {
             "loss": loss.detach(),
             "loss_inst": loss_inst.detach(),
@@ -161,10 +161,11 @@ def train_one_epoch(run, network, loader, random_view, keys, stop):
         }
         # with --symmetric, the second half repeats the images of the first
         pending.append((index, features[: len(index)], figures))
-        is_slow = time.time() - start > run.step - first_step
-        if len(pending) == SYNC_EVERY or is_slow:
+        steps_done = run.step - first_step
+        seconds_per_step = (time.time() - start) / steps_done
+        if len(pending) == SYNC_EVERY or seconds_per_step > 1:
             collect_results(run, pending, keys)
-            show_progress(run, bar, steps, run.step - first_step)
+            show_progress(run, bar, steps, steps_done)
         if stop.received_by_any():
             break
     collect_results(run, pending, keys)
@@ -175,8 +176,8 @@ def train_one_epoch(run, network, loader, random_view, keys, stop):
 def views_of_steps(run, loader, random_view):
     """Yield the images of each step from `run.step` on: index (N,), im_q and im_k (N, 3, S, S).
 
-    The views of `steps_at_once` steps are made in one go. A run that is resumed in the middle of
-    such a group makes the whole group again, and so continues with the same views.
+    The views of `steps_at_once` steps are made in one go. Groups start at fixed steps. A run
+    that is resumed within a group makes the whole group again, so its views do not change.
     """
     args = run.args
     rank, world = get_rank_and_world()
@@ -210,8 +211,8 @@ def views_of_steps(run, loader, random_view):
 def steps_at_once(args, images):
     """The number of steps whose views are made in one go.
 
-    On a GPU, calls for a few small images take longer than their arithmetic. Other images come one
-    batch at a time: a CPU gains nothing, and photographs arrive from the loader's workers.
+    On a GPU, calls for a few small images take longer than their arithmetic. A CPU gains nothing,
+    and images on the disk are delivered by the loader's workers batch by batch: one step at a time.
     """
     if args.device == "cpu" or images.pixels is None:
         return 1
@@ -232,14 +233,16 @@ def show_progress(run, bar, steps, steps_done):
         bar.note(diagnose.warn_of_days(seconds_left, vars(run.args)))
 
 
-def clip_gradients(model, largest):
+def clip_gradients(optimizer, largest):
     """Scale the gradient down to a norm of `largest`, or leave it as it is if that is None.
 
     Returns its norm before clipping, a scalar tensor.
     """
+    # from the optimizer's lists, because a walk through the model's layers takes the host longer
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if largest:
-        return clip_grad_norm_(model.parameters(), largest, foreach=True)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return clip_grad_norm_(parameters, largest, foreach=True)
+    gradients = [p.grad for p in parameters if p.grad is not None]
     return torch.stack(torch._foreach_norm(gradients)).norm()
 
 
@@ -382,29 +385,21 @@ def gather_features(run, images, keys):
     # a pass over the images without a key
     loader = plain_loader(images, missing, args)
 
-    def encode(batch):
-        size = len(batch)
-        if args.device == "cuda":  # where every new shape costs a search for the best algorithm
-            batch = pad_to(loader.batch_size, batch)
-        return run.model.encode(normalize(batch))[:size]
-
     with autocast(args):
-        compute_features(loader, encode, directory, args.device)
+        compute_features(loader, lambda x: run.model.encode(normalize(x)), directory, args.device)
     if rank == 0:
         features, still_missing = read_features(directory, n, path, features)
         lost = np.intersect1d(missing, still_missing)
         if len(lost):
-            raise RuntimeError(f"{directory} lacks {len(lost)} features that were just saved there")
+            cli.fail(
+                f"{directory} lacks {len(lost)} features that were just saved there; all nodes "
+                "must share --exp-dir",
+                1,
+            )
         del features  # closes the file
 
     distributed.barrier()  # the other ranks wait for the file
     return np.load(path, mmap_mode="c")  # torch warns about arrays mapped with "r"
-
-
-def pad_to(n, batch):
-    """`batch` (B, ...) with images of zeros behind it, if it has fewer than `n` images."""
-    missing = batch.new_zeros(max(0, n - len(batch)), *batch.shape[1:])
-    return torch.cat([batch, missing])
 
 
 def train(run, datasets, stop):
@@ -540,10 +535,10 @@ def held_out_knn(model, datasets, args):
         distributed.set_where_any_rank_has(images.source.broken)
         labels = images.labels[index]
         labelled = labels >= 0
-        parts += [features[labelled].to(args.device), labels[labelled].to(args.device)]
+        parts += [features[labelled], labels[labelled]]
     knn = None
     if get_rank_and_world()[0] == 0:
-        knn = knn_accuracy(*parts)
+        knn = knn_accuracy(*(part.to(args.device) for part in parts))
     return distributed.broadcast_object(knn)
 
 
@@ -610,7 +605,9 @@ def build_optimizer(model, args):
     if args.optim == "lars":
         options["momentum"] = args.momentum
     optimizer = create_optimizer_v2(model, args.optim, lr=args.lr, weight_decay=1, **options)
-    for group in optimizer.param_groups:  # the same groups for a decay of 0: --wd can change to it
+    # Made for a decay of 1 and scaled here: timm makes other groups for a decay of 0, and a resumed
+    # run may change --wd to 0 or from it.
+    for group in optimizer.param_groups:
         group["weight_decay"] *= args.wd
     return optimizer
 
@@ -636,7 +633,10 @@ def speed_up_encoders(model, args):
             raise
         except RuntimeError as error:  # a network that copies to the host in its pass, for example
             reason = str(error).partition("\n")[0]
-            cli.fail(f"{args.arch} cannot run as CUDA graphs ({reason}); add --no-cuda-graphs", 1)
+            advice = "add --no-cuda-graphs"
+            if args.compile:  # it is compiled in its first pass, which is here
+                advice = "leave out --compile, or add --no-cuda-graphs"
+            cli.fail(f"{args.arch} cannot run as CUDA graphs ({reason}); {advice}", 1)
 
 
 # -- arguments -------------------------------------------------------------------------------------
@@ -654,10 +654,8 @@ def fill_in_defaults(args, datasets, world, device):
     defaults["cuda_graphs"] = device == "cuda" and world == 1
     defaults["workers"] = distributed.default_workers()
 
-    final = {**vars(args), **defaults}
-    for name, value in vars(args).items():
-        if value is not None:
-            final[name] = value
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    final = {**vars(args), **defaults, **given}
     final["image_size"] = datasets.image_size
     final["device"] = device
     if args.amp_dtype == "auto":
@@ -669,42 +667,42 @@ def fill_in_defaults(args, datasets, world, device):
 def check(args, n, world):
     """End the program in one line if the arguments contradict each other or `n` images."""
 
-    def refuse(mistake, message):
+    def refuse_if(mistake, message):
         if mistake:
             cli.fail(message)
 
-    refuse(
+    refuse_if(
         args.batch_size > n,
         f"{n} training images are fewer than one batch of {args.batch_size}; lower --batch-size",
     )
-    refuse(
+    refuse_if(
         args.batch_size % world,
         f"--batch-size {args.batch_size} is not a multiple of the {world} processes",
     )
     of_timm = {"--stem": (args.stem, "imagenet"), "--bn-splits": (args.bn_splits, 1)}
     for flag, (value, neutral) in of_timm.items():
-        refuse(
+        refuse_if(
             is_timm(args.arch) and value != neutral,
             f"{flag} {value} is for resnet18 and the like, not for {args.arch} of timm; give "
             f"{flag} {neutral}, or leave it out",
         )
     local_batch = args.batch_size // world
-    refuse(
+    refuse_if(
         local_batch % args.bn_splits or local_batch < 2 * args.bn_splits,
         f"{local_batch} images per process do not split into {args.bn_splits} equal groups of 2 or "
         "more; change --batch-size or --bn-splits",
     )
     for flag, value in (("--cuda-graphs", args.cuda_graphs), ("--compile", args.compile)):
-        refuse(
+        refuse_if(
             value and (args.device != "cuda" or world > 1),
             f"{flag} is for one process on a GPU; leave it out, or give --no-{flag[2:]}",
         )
     most = max(args.num_cluster)
-    refuse(
+    refuse_if(
         most > n,
         f"{most} clusters are more than the {n} training images; lower --num-cluster",
     )
-    refuse(
+    refuse_if(
         args.crop_min > 1,
         f"--crop-min is a fraction of the image's area, at most 1, not {args.crop_min}",
     )
@@ -846,8 +844,8 @@ def add_model_arguments(add):
         "--cluster-head",
         choices=("none", "report"),
         default="none",
-        help="none: PCL as published; report: the head b of results/README.md, one more layer on "
-        "the keys once the warm-up is over; it needs a long --warmup",
+        help="none: PCL as published; report: one more layer on the keys, head b of "
+        "results/README.md, used after the warm-up, which has to be long",
     )
     add(
         "--symmetric",
@@ -865,8 +863,8 @@ def add_model_arguments(add):
     add(
         "--bn-splits",
         type=cli.positive_int,
-        help="groups per process with their own batch-norm statistics; the more groups, the less "
-        "these reveal which key belongs to a query; not for networks of timm; default: by recipe",
+        help="groups per process with their own batch-norm statistics; more groups hide better "
+        "which key belongs to a query; not for networks of timm; default: by recipe",
     )
     add(
         "--pcl-r",
@@ -1003,8 +1001,8 @@ def add_run_arguments(add):
     add(
         "--config",
         metavar="FILE",
-        help="take the arguments of another run from its args.json, also those that followed from "
-        "its data, optimizer or epochs, such as --lr; flags win; default: none",
+        help="use the arguments in another run's args.json, including those that were worked out "
+        "from its data, optimizer or epochs, such as --lr; flags win; default: none",
     )
     add(
         "--resume",
@@ -1101,7 +1099,7 @@ def refuse_other_arguments(args):
     """End the program in one line, on all ranks, if their arguments differ in what they compute."""
     facts = []
     for name, value in vars(args).items():
-        if name not in OF_A_RANK:
+        if name not in MAY_DIFFER:
             facts.append(f"{name} {value}")
     distributed.refuse_difference("other arguments", facts)
 
@@ -1109,8 +1107,8 @@ def refuse_other_arguments(args):
 def find_initial_weights(args):
     """The weights in --init, or None. Sets --arch and --stem to theirs unless they are given.
 
-    A run that --resume continues does not need them. A restart without --resume, whose command
-    may not name --arch, does.
+    A run that --resume continues does not need them. One that torchrun restarts does: its command
+    may not name --arch, so the file has to.
     """
     continues = args.resume is not None and checkpoint.find(Path(args.exp_dir), args.resume)
     if continues or not args.init:

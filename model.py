@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 NARROW = 16  # channels; narrower layers run channels first on a CPU, see WidthResNet
@@ -151,8 +150,9 @@ class MoCo(nn.Module):
 
         Call it after the optimizer's step.
         """
-        move = get_ema_multi_avg_fn(self.m)  # made here, because it cannot be pickled
-        move(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), None)
+        keys = list(self.encoder_k.parameters())
+        queries = list(self.encoder_q.parameters())
+        torch._foreach_lerp_(keys, queries, 1 - self.m)
 
     @torch.no_grad()
     def dequeue_and_enqueue(self, k):
@@ -178,7 +178,7 @@ class MoCo(nn.Module):
         if groups == 1:
             return images, slice(None)
 
-        # The orders are drawn on the host, because they are few numbers. Rank 0's hold for all.
+        # The orders are few numbers, so they are drawn on the CPU. All ranks use rank 0's.
         orders = deal_out(groups, n // self.bn_splits).to(images.device, non_blocking=True)
         if world > 1:
             dist.broadcast(orders, 0)
@@ -302,7 +302,7 @@ class TimmEncoder(nn.Module):
             if config is not None and config.fixed_input_size:
                 self.timm_options["img_size"] = image_size
             # a pass without memory or arithmetic: does the network work with such images, and how
-            # many features has it? No attribute says so for every network
+            # many features has it? timm has no attribute that tells this for every network
             with torch.device("meta"):
                 trial = timm.create_model(arch, **self.timm_options).to(**layout)
                 features = trial(torch.empty(2, 3, image_size, image_size).to(**layout))
@@ -369,15 +369,16 @@ def capture_encoders(model, images, precision):
     gc.collect()  # the graphs of an earlier model must not be destroyed during a recording
     for encoder in (model.encoder_q, model.encoder_k):
         before = [buffer.clone() for buffer in encoder.buffers()]
-        # each graph reads memory of its own: the backward pass of the queries reads it once more
+        # an input for each graph: the queries' backward pass reads its images again, after the keys
         its_images = images.clone()
         with precision, torch.set_grad_enabled(encoder is model.encoder_q):
-            # six passes come first, because a compiled encoder is not settled before
+            # six passes come first, because a compiled encoder may compile again in the first few
             torch.cuda.make_graphed_callables(encoder, (its_images,), num_warmup_iters=6)
-        # in those passes, batch norm of timm's has moved its running statistics
+        # in these passes timm's batch norm has moved its running statistics
         for buffer, value in zip(encoder.buffers(), before, strict=True):
             buffer.copy_(value)
-    # gradients are stored on the stream of the recording; autograd waits for it, and says so
+    # Gradients are stored on the stream of the recording. autograd synchronises the streams and
+    # warns of it, which is silenced here.
     graph = torch.autograd.graph
     if hasattr(graph, "set_warn_on_accumulate_grad_stream_mismatch"):  # since torch 2.10
         graph.set_warn_on_accumulate_grad_stream_mismatch(False)
@@ -400,9 +401,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     A group is a run of consecutive samples. The running statistics move only when
     `move_running_statistics` is called, once after each training step's forward pass.
 
-    Each pass copies the activations once, to join the groups. One call for all groups would copy
-    them twice: it needs the groups as channels of their own, and with channels last, no order of
-    the samples makes that a view.
+    The groups are normalised one by one and joined, which copies the activations once. Groups as
+    channels of their own, so that one call does all, would copy them twice if channels are last.
     """
 
     def __init__(self, num_features, num_splits=1):

@@ -95,14 +95,12 @@ def default_batch_size(largest, n, world):
 
 
 def default_bn_splits(wanted, local_batch, world):
-    """Batch-norm groups per process: `wanted` over all processes, each of 2 images or more.
+    """Batch-norm groups per process: up to `wanted` over all processes, of 2 images or more each.
 
-    local_batch: images per step and process; it splits into equal groups.
+    local_batch: images per step and process. It splits into equal groups.
     """
-    if local_batch % 2:
-        return 1
-    # the largest number that divides the wanted groups, and half the batch: groups of 2 or more
-    return math.gcd(max(1, wanted // world), local_batch // 2)
+    most = min(wanted // world, local_batch // 2)
+    return max([1, *(splits for splits in range(1, most + 1) if local_batch % splits == 0)])
 
 
 def power_of_two(x):

@@ -16,9 +16,16 @@ from pathlib import Path
 import faiss
 import filelock
 import torch
+import torch.distributed as dist
 
 from runtime.cli import DISK_IS_FULL, fail
-from runtime.distributed import RESTARTS, get_rank_and_world, print_main
+from runtime.distributed import (
+    RESTARTS,
+    all_gather_objects,
+    barrier,
+    get_rank_and_world,
+    print_main,
+)
 
 BEGUN = ".begun"  # a file in a run's directory: which torchrun has begun the run
 LEASE = 60  # seconds without a sign of life after which another run may take the directory over
@@ -120,12 +127,14 @@ def check_writable(directory):
 def lock(directory):
     """Context in which the run's directory exists and no other run can use it.
 
-    The first rank creates and locks it. Ends the program in one line if that is impossible.
+    The first rank creates and locks it. Ends the program in one line if that is impossible, or if
+    the other ranks do not see the same directory.
     """
+    holder = directory / ".holder"
     if get_rank_and_world()[0] > 0:
+        refuse_unshared(holder)
         yield
         return
-    holder = directory / ".holder"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         held = acquire(directory, holder)
@@ -144,10 +153,23 @@ def lock(directory):
         fail(f"cannot write to {directory}: {error.strerror}; choose another --exp-dir")
     with held:
         try:
+            refuse_unshared(holder)
             yield
         finally:
             with contextlib.suppress(OSError):
                 holder.unlink()
+
+
+def refuse_unshared(holder):
+    """End the program in one line, on all ranks, unless all see the file of the first rank."""
+    barrier()  # until it is written
+    text = holder.read_text() if holder.is_file() else ""
+    if len(set(all_gather_objects(text))) == 1:
+        return
+    dist.destroy_process_group()
+    if get_rank_and_world()[0] == 0:
+        fail(f"all nodes must share --exp-dir, but some do not see {holder.parent} of rank 0")
+    raise SystemExit(2)
 
 
 def acquire(directory, holder):

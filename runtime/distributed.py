@@ -121,8 +121,11 @@ def get_rank_and_world():
 
 def default_workers():
     """The number of processes that load a rank's images: the cores per rank, at most 8."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS; a container or job may use fewer cores
+        cores = len(os.sched_getaffinity(0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this node; set by torchrun
-    return min(8, max(1, (os.cpu_count() or 1) // ranks))
+    return min(8, max(1, cores // ranks))
 
 
 def print_main(text):
@@ -230,7 +233,7 @@ def data_parallel(model, unused=()):
 
     unused: names of parameters that get no gradient. Searching for them in each step takes time.
     """
-    if not dist.is_initialized():
+    if get_rank_and_world()[1] == 1:
         return model
     model._ddp_params_and_buffers_to_ignore = list(unused)  # DistributedDataParallel reads this
     device_ids = None

@@ -194,6 +194,14 @@ def test_the_rates_of_all_optimizers_follow_recipe_and_batch(n, image_size, rate
     assert smaller == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "batch_size, splits", [(256, 8), (250, 5), (255, 5), (100, 5), (14, 7), (6, 3), (4, 2), (7, 1)]
+)
+def test_any_batch_that_divides_has_groups(batch_size, splits):
+    """At most the recipe's eight groups, equal ones of two images or more."""
+    assert defaults(1_281_167, 224, "-b", str(batch_size))["bn_splits"] == splits
+
+
 def test_defaults_follow_the_number_of_processes():
     eight = defaults(1_281_167, 224, world=8)
     assert eight["batch_size"] == 256

@@ -65,6 +65,23 @@ def test_worker_processes_read_the_same_images(folder, tmp_path, monkeypatch, im
         assert torch.equal(getattr(ours, part).pixels, getattr(theirs, part).pixels)
 
 
+def test_images_that_are_their_own_plain_view_take_memory_once(tmp_path, monkeypatch):
+    for i in range(4):
+        picture(8, 8, i).save(tmp_path / f"{i}.png")
+    whole = 4 * 3 * 8 * 8
+    monkeypatch.setattr(data, "MEMORY", whole)
+    datasets = build_datasets(str(tmp_path))
+    assert load_into_memory(datasets).train.pixels is not None
+    monkeypatch.setattr(data, "MEMORY", whole - 1)
+    assert load_into_memory(datasets).train.pixels is None
+
+    cropped = build_datasets(str(tmp_path), image_size=6)  # a plain view of its own
+    monkeypatch.setattr(data, "MEMORY", whole + 4 * 3 * 6 * 6)
+    assert load_into_memory(cropped).plain.pixels is not None
+    monkeypatch.setattr(data, "MEMORY", whole + 4 * 3 * 6 * 6 - 1)
+    assert load_into_memory(cropped).plain.pixels is None
+
+
 def test_worker_processes_find_broken_images_and_other_sizes(folder, mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MANY", 0)
     mixed_sizes = build_datasets(str(mixed))

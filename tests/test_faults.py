@@ -403,6 +403,25 @@ def test_a_rank_that_dies_ends_the_others(folder, tmp_path):
     assert "another process of this run has ended" in output
 
 
+def main_in_a_folder_of_its_own(root, *arguments):
+    """The program as on a node that shares no file system with the others."""
+    folder = Path(root) / os.environ["RANK"]
+    folder.mkdir()
+    os.chdir(folder)
+    main(*arguments)
+
+
+def test_nodes_that_do_not_share_the_directory_are_told_so_at_the_start(folder, tmp_path):
+    options = [folder, *SMALL, "--exp-dir", "run"]
+    (status, output), (other_status, other) = finish_ranks(
+        2, main_in_a_folder_of_its_own, tmp_path, *options
+    )
+    assert (status, other_status) == (2, 2)
+    assert "all nodes must share --exp-dir, but some do not see run of rank 0" in output
+    assert "Traceback" not in output + other
+    assert not (tmp_path / "0" / "run" / "checkpoint.pth.tar").exists()
+
+
 def test_max_restarts_brings_the_run_back(folder, tmp_path):
     options = [folder, *SMALL, "--pcl-r", 10, "--exp-dir"]
     ended = finish_ranks(2, main, *options, tmp_path / "whole")

@@ -94,7 +94,8 @@ def test_an_interruption_says_how_this_program_goes_on(capsys, error):
 
 
 def test_workers_follow_the_cores_per_rank_of_this_machine(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 32)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(32), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)  # most of them are another job's
     assert distributed.default_workers() == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # of WORLD_SIZE 16 on two machines
     monkeypatch.setenv("WORLD_SIZE", "16")

@@ -197,16 +197,6 @@ def test_graphs_are_on_for_one_process_on_a_gpu(monkeypatch, device, world, on):
     assert main_pcl.fill_in_defaults(args, datasets, world, device).cuda_graphs == on
 
 
-def test_features_of_a_last_batch_do_not_depend_on_what_it_is_padded_with():
-    batch = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
-    padded = main_pcl.pad_to(5, batch)
-    assert padded.shape == (5, 3, 8, 8)
-    assert torch.equal(padded[:3], batch)
-    assert torch.equal(main_pcl.pad_to(3, batch), batch)
-    encoder = build_encoder("resnet18_w4", 8, True).eval()
-    torch.testing.assert_close(encoder(padded.float())[:3], encoder(batch.float()))
-
-
 def test_a_network_that_cannot_be_recorded_gets_one_line(
     folder, tmp_path, monkeypatch, capsys, allowed_on_a_cpu
 ):
