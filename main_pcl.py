@@ -430,7 +430,9 @@ def train(run, datasets, stop):
         if network is None or epoch == args.warmup:  # the cluster head takes part from here on
             unused = run.model.cluster_head_parameters() if epoch < args.warmup else ()
             network = distributed.data_parallel(run.model, unused)
-        keys = clear_keys(run) if args.features == "keys" and e_step_follows else None
+        keys = None
+        if e_step_follows and args.features == "keys":
+            keys = clear_keys(run)
         train_one_epoch(run, network, loader, random_view, keys, stop)
         image_files.share_broken_images(directory, datasets)
         stop.exit_if_received(save)

@@ -351,7 +351,7 @@ def channels_first_on_cpu(x):
 def compile_encoders(model):
     """Compile the training passes of both encoders. In eval mode they run as before."""
     for encoder in (model.encoder_q, model.encoder_k):
-        _train_with(encoder, torch.compile(encoder.forward))
+        encoder.forward = _in_training(torch.compile(encoder.forward), encoder)
 
 
 def capture_encoders(model, images, precision):
@@ -384,14 +384,16 @@ def capture_encoders(model, images, precision):
         graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
 
-def _train_with(encoder, forward):
-    """Make `encoder` call `forward` in training, and what it calls now in eval mode."""
+def _in_training(forward, encoder):
+    """A function that is `forward` in training, and the encoder's present one in eval mode."""
     plain = encoder.forward
 
     def choose(images):
-        return forward(images) if encoder.training else plain(images)
+        if encoder.training:
+            return forward(images)
+        return plain(images)
 
-    encoder.forward = choose
+    return choose
 
 
 # -- batch norm in groups --------------------------------------------------------------------------
