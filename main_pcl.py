@@ -632,7 +632,11 @@ def speed_up_encoders(model, args):
         try:
             capture_encoders(model, images, autocast(args, cache_enabled=False))
         except torch.OutOfMemoryError:
-            raise
+            cli.fail(
+                "too little GPU memory for CUDA graphs, which keep their own; lower --batch-size "
+                "or --image-size, or add --no-cuda-graphs",
+                1,
+            )
         except RuntimeError as error:  # a network that copies to the host in its pass, for example
             reason = str(error).partition("\n")[0]
             advice = "add --no-cuda-graphs"

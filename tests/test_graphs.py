@@ -197,17 +197,38 @@ def test_graphs_are_on_for_one_process_on_a_gpu(monkeypatch, device, world, on):
     assert main_pcl.fill_in_defaults(args, datasets, world, device).cuda_graphs == on
 
 
+@pytest.mark.parametrize(
+    "error, options, expected",
+    [
+        (
+            RuntimeError("operation not permitted when stream is capturing\nand more"),
+            [],
+            "resnet18_w4 cannot run as CUDA graphs (operation not permitted when stream is "
+            "capturing); add --no-cuda-graphs",
+        ),
+        (
+            RuntimeError("Cannot find a working triton installation"),
+            ["--compile"],
+            "(Cannot find a working triton installation); leave out --compile, or add "
+            "--no-cuda-graphs",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+            [],
+            "lower --batch-size or --image-size, or add --no-cuda-graphs",
+        ),
+    ],
+)
 def test_a_network_that_cannot_be_recorded_gets_one_line(
-    folder, tmp_path, monkeypatch, capsys, allowed_on_a_cpu
+    folder, tmp_path, monkeypatch, capsys, allowed_on_a_cpu, error, options, expected
 ):
     def fail_to_record(*_, **__):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        raise error
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail_to_record)
-    command = [folder, *TINY, "--epochs", 1, "--cuda-graphs", "--exp-dir", tmp_path]
+    command = [folder, *TINY, *options, "--epochs", 1, "--cuda-graphs", "--exp-dir", tmp_path]
     message = fails(capsys, main_pcl.main, *command, status=1)
-    assert "resnet18_w4 cannot run as CUDA graphs (operation not permitted" in message
-    assert message.strip().endswith("add --no-cuda-graphs")
+    assert message.strip().endswith(expected)
 
 
 def test_more_processes_than_gpus_get_one_line(monkeypatch, capsys):
