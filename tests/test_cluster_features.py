@@ -83,6 +83,21 @@ def test_duplicates_give_finite_positive_concentrations():
         assert (clusters.density > 0).all()
 
 
+def test_the_concentration_is_that_of_euclidean_distances_to_the_centroids():
+    """After k-means has converged, when its centroids are the means of their clusters."""
+    x = points(400)
+    x[:200] = 0.9 * x[0] + 0.1 * x[:200]  # clusters of different extents
+    (clusters,) = run_kmeans(x, [12], 0.2, niter=100)
+    phi = []
+    for c in range(12):
+        members = x[clusters.im2cluster.numpy() == c]
+        distances = np.linalg.norm(members - members.mean(0), axis=1)
+        phi.append(distances.sum() / (len(members) * math.log(len(members) + 10)))
+    phi = np.clip(phi, *np.percentile(phi, [10, 90]))
+    assert phi.max() > 2 * phi.min()
+    np.testing.assert_allclose(clusters.density, 0.2 * phi / phi.mean(), rtol=1e-3)
+
+
 def objective(x, clusters):
     """The sum of squared distances of the samples to the nearest cluster mean."""
     numbers = clusters.im2cluster.unique().tolist()

@@ -51,8 +51,8 @@ def test_knn_accuracy_matches_its_formula():
     torch.manual_seed(0)
     bank = torch.randn(30, 5)
     bank_labels = torch.arange(30) % 3
-    queries = torch.randn(8, 5)
-    labels = torch.arange(8) % 3
+    queries = torch.randn(200, 5)  # so many that another temperature changes some votes
+    labels = torch.arange(200) % 3
 
     predictions = []
     for query in queries:
@@ -140,6 +140,25 @@ def held_out_losses(x, labels, n):
             patch.setattr(metrics, "STRENGTHS", [strength])
             fixed.append(loss())
     return fixed, loss()
+
+
+@pytest.mark.parametrize("n, tenths", [(30, 10), (250, 4), (1000, 1), (3000, 1)])
+def test_few_rows_are_held_out_in_turn(monkeypatch, n, tenths):
+    """At least 100 rows are held out, or every row once."""
+    fitted = []  # the number of rows of each fit
+    fit = metrics._fit
+
+    def spy(x, labels, *args):
+        fitted.append(len(x))
+        return fit(x, labels, *args)
+
+    monkeypatch.setattr(metrics, "_fit", spy)
+    monkeypatch.setattr(metrics, "STRENGTHS", [1.0])
+    x, labels = overlapping(n)
+    logistic_regression(x, labels, x[:1], 3)
+    *in_turn, whole = fitted
+    assert whole == n
+    assert in_turn == [n * 9 // 10] * tenths
 
 
 def test_few_rows_with_many_meaningless_features_get_a_strong_penalty():

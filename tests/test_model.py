@@ -185,6 +185,17 @@ def test_heads_and_their_gradients():
         assert {name.split(".")[0] for name in has_gradient} == trained
 
 
+def test_the_reports_head_replaces_the_keys_after_the_warmup_only():
+    model = make_model(cluster_head="report")
+    model.encoder_k.eval()
+    x = torch.randn(6, 3, 8, 8)
+    with torch.no_grad():
+        plain = torch.nn.functional.normalize(model.encoder_k(x))
+        replaced = torch.nn.functional.normalize(model.v(plain))
+    torch.testing.assert_close(model(x, x)[1], plain)
+    torch.testing.assert_close(model(x, x, clustering=True)[1], replaced)
+
+
 def test_a_dead_cluster_head_gives_no_nan():
     model = make_model(cluster_head="report")
     x = torch.randn(4, 3, 8, 8)
@@ -221,3 +232,5 @@ def test_encode_is_the_momentum_branch_in_eval_mode():
     x = torch.randn(6, 3, 8, 8)
     assert torch.allclose(model.encode(x)[:1], model.encode(x[:1]), atol=1e-5)
     assert model.training
+    model.eval().encode(x)
+    assert not model.training

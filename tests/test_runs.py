@@ -98,9 +98,15 @@ def test_warmup_beyond_the_end_is_infonce_alone(folder, tmp_path, capsys):
 def test_symmetric_makes_each_view_the_query_once(folder, tmp_path, monkeypatch):
     """All keys enter the queue, but a sample is clustered by one of its two."""
     views = []  # (im_q, im_k) of every step
+    samples = []  # those of ProtoNCE, in every step after the warm-up
     saved = []  # (index, features) of every file
     forward = main_pcl.MoCo.forward
     save_features = main_pcl.save_features
+    proto_nce = main_pcl.proto_nce
+
+    def spy_proto_nce(c, index, *args):
+        samples.append(index)
+        return proto_nce(c, index, *args)
 
     def spy_forward(self, im_q, im_k, *args, **kwargs):
         views.append((im_q, im_k))
@@ -112,6 +118,7 @@ def test_symmetric_makes_each_view_the_query_once(folder, tmp_path, monkeypatch)
 
     monkeypatch.setattr(main_pcl.MoCo, "forward", spy_forward)
     monkeypatch.setattr(main_pcl, "save_features", spy_save)
+    monkeypatch.setattr(main_pcl, "proto_nce", spy_proto_nce)
     run(folder, *SHORT, "--pcl-r", 48, "--symmetric", "--exp-dir", tmp_path)
 
     assert len(views) == 6
@@ -122,6 +129,10 @@ def test_symmetric_makes_each_view_the_query_once(folder, tmp_path, monkeypatch)
         assert torch.equal(first_q, second_k)
         assert torch.equal(second_q, first_k)
         assert not torch.equal(first_q, second_q)
+    assert len(samples) == 3
+    for index in samples:
+        first, second = index.chunk(2)
+        assert torch.equal(first, second)
     ((index, features),) = saved
     assert len(features) == 48
     assert sorted(index.tolist()) == list(range(48))
@@ -136,6 +147,8 @@ def test_keys_of_the_epoch_are_clustered_without_a_pass(folder, tmp_path, monkey
     clustered = []  # the features of each E-step
     saved = []  # for each E-step, {index of a file: its features}
     encoded = []  # the sizes of the batches that passed through the encoder
+    starts = []  # the centroids that each clustering starts from
+    found = []  # the centroids that it finds
     run_kmeans = main_pcl.run_kmeans
     encode = main_pcl.MoCo.encode
 
@@ -146,7 +159,10 @@ def test_keys_of_the_epoch_are_clustered_without_a_pass(folder, tmp_path, monkey
             batch = torch.load(path, weights_only=True)
             files[tuple(batch["index"].tolist())] = batch["features"]
         saved.append(files)
-        return run_kmeans(features, *args, **kwargs)
+        clusters = run_kmeans(features, *args, **kwargs)
+        starts.append(kwargs.get("init", [None])[0])
+        found.append(clusters[0].centroids.numpy())
+        return clusters
 
     def spy_encode(self, images):
         encoded.append(len(images))
@@ -165,6 +181,12 @@ def test_keys_of_the_epoch_are_clustered_without_a_pass(folder, tmp_path, monkey
         np.testing.assert_array_equal(features[index], torch.cat(list(files.values())))
         np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
     assert not (tmp_path / "features").exists()
+
+    # each clustering starts from the centroids of the one before
+    assert starts[0] is None
+    for start, centroids in zip(starts[1:], found, strict=False):
+        np.testing.assert_array_equal(start, centroids)
+    assert len(starts) == 3
 
     encoded.clear()
     run(*options, "--epochs", 2, "--features", "pass", "--exp-dir", tmp_path / "pass")
