@@ -564,17 +564,18 @@ def evaluate(subject, baselines, device):
     result = {**subject.about, **ran_on(device), "figures": table}
     try:
         for row, network in subject.networks.items():
-            network = network.to(device).eval()
             if row == "trained":
                 figures, val, levels = measure(row, network, subject, device)
-                draw_map(subject, result, val, levels)
             else:
                 key = str([subject.identities[row], args.num_cluster, args.knn_k, args.labels])
                 if key not in baselines:
                     baselines[key], _, _ = measure(row, network, subject, device)
                 figures = baselines[key]
-            if rank == 0:
-                table[row] = figures
+            if rank > 0:
+                continue
+            table[row] = figures
+            if row == "trained":
+                draw_map(subject, result, val, levels)
     finally:  # whatever was measured is shown and kept, even if the next network fails
         if table:
             print_broken_images(subject.datasets)
@@ -602,6 +603,7 @@ def measure(row, network, subject, device):
     """
     datasets = subject.datasets
     args = subject.args
+    network = network.to(device).eval()
 
     # features, and with --protocol moco the scores of the published probe
     train = extract_all(network, datasets.plain, args, device)
@@ -855,12 +857,11 @@ def choose_map(subject, result):
 def draw_map(subject, result, val, levels):
     """Draw the held-out images by their features `val` (n, D), and a prototype per class.
 
-    Adds the name of the picture to the result. Without labels, with few held-out images, and on
-    other ranks than the first, it draws nothing.
+    Adds the name of the picture to the result. Without labels, or with few held-out images, it
+    draws nothing.
     """
     datasets = subject.datasets
-    few = result["held_out"] < report.FEWEST_IN_MAP
-    if few or not datasets.has_labels or get_rank_and_world()[0] > 0:
+    if result["held_out"] < report.FEWEST_IN_MAP or not datasets.has_labels:
         return
     file = choose_map(subject, result)
     by_number = {len(clusters.centroids): clusters.centroids for clusters in levels}

@@ -369,7 +369,8 @@ def capture_encoders(model, images, precision):
     gc.collect()  # the graphs of an earlier model must not be destroyed during a recording
     for encoder in (model.encoder_q, model.encoder_k):
         before = [buffer.clone() for buffer in encoder.buffers()]
-        # an input for each graph: the queries' backward pass reads its images again, after the keys
+        # an input for each graph, because the queries' backward pass reads its images again when
+        # the keys have been passed
         its_images = images.clone()
         with precision, torch.set_grad_enabled(encoder is model.encoder_q):
             # six passes come first, because a compiled encoder may compile again in the first few

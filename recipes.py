@@ -99,8 +99,8 @@ def default_bn_splits(wanted, local_batch, world):
 
     local_batch: images per step and process. It splits into equal groups.
     """
-    most = min(wanted // world, local_batch // 2)
-    return max([1, *(splits for splits in range(1, most + 1) if local_batch % splits == 0)])
+    most = max(1, min(wanted // world, local_batch // 2))
+    return max(splits for splits in range(1, most + 1) if local_batch % splits == 0)
 
 
 def power_of_two(x):

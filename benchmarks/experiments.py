@@ -669,7 +669,9 @@ def draw(name, rows, runs, path):
             epochs += log
         logs.setdefault(data, {})[arm] = epochs
         first_rows[arm] = found[0]
-    if missing or not logs:
+    if not logs:
+        return
+    if missing:
         print(f"no new {path.name}: {runs} lacks the logs of {missing} runs\n")
         return
     figure = draw_worth(logs["C"], first_rows) if name == "C" else draw_blocks(logs)

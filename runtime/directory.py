@@ -16,13 +16,13 @@ from pathlib import Path
 import faiss
 import filelock
 import torch
-import torch.distributed as dist
 
 from runtime.cli import DISK_IS_FULL, fail
 from runtime.distributed import (
     RESTARTS,
     all_gather_objects,
     barrier,
+    end_all_ranks,
     get_rank_and_world,
     print_main,
 )
@@ -164,12 +164,10 @@ def refuse_unshared(holder):
     """End the program in one line, on all ranks, unless all see the file of the first rank."""
     barrier()  # until it is written
     text = holder.read_text() if holder.is_file() else ""
-    if len(set(all_gather_objects(text))) == 1:
-        return
-    dist.destroy_process_group()
-    if get_rank_and_world()[0] == 0:
-        fail(f"all nodes must share --exp-dir, but some do not see {holder.parent} of rank 0")
-    raise SystemExit(2)
+    if len(set(all_gather_objects(text))) > 1:
+        end_all_ranks(
+            f"all nodes must share --exp-dir, but some do not see {holder.parent} of rank 0"
+        )
 
 
 def acquire(directory, holder):

@@ -221,10 +221,16 @@ def refuse_difference(what, facts):
             difference = f"{what} {where}: {own} instead of {first}; start all ranks with the same"
             break
     differences = [text for text in all_gather_objects(difference) if text is not None]
+    end_all_ranks(differences[0])
+
+
+def end_all_ranks(message):
+    """End the program in one line, which the first rank prints. All ranks must call this."""
+    rank, _ = get_rank_and_world()
     barrier()
     dist.destroy_process_group()
     if rank == 0:
-        fail(differences[0])
+        fail(message)
     raise SystemExit(2)
 
 

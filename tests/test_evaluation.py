@@ -139,6 +139,18 @@ def test_what_was_measured_before_a_failure_is_shown_and_written(finished, capsy
     assert (finished / result["map"]).is_file()
 
 
+def test_a_failure_while_the_map_is_drawn_costs_no_figures(finished, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "draw_map", interrupted)
+    with pytest.raises(SystemExit):
+        evaluate("--exp-dir", finished, *FAST)
+    result = read(finished / "eval.json")
+    assert "linear" in result["figures"]["trained"]
+    assert "map" not in result
+
+
 def test_the_pictures_of_a_run_are_worth_less_than_the_run(folder, tmp_path, capsys):
     for name in ("curves.png", "prototypes.png"):
         (tmp_path / "run" / name).mkdir(parents=True)
