@@ -934,7 +934,7 @@ def add_optimization_arguments(add):
     add(
         "--lr-warmup",
         type=cli.nonnegative_int,
-        help="epochs of linear increase to --lr; without them many small images learn far less; "
+        help="epochs of linear increase to --lr; with many small images they help at large rates; "
         "default: a twentieth of --epochs, but 0 for sgd with large images or few small ones",
     )
     add(

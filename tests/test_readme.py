@@ -68,7 +68,7 @@ def test_pandas_finds_what_the_comments_say(snippet, tmp_path, monkeypatch):
     rows += [f"{i}.jpg,,{i % 3},0.{90 - i},{i % 2},0.{80 - i}" for i in range(10)]
     rows.append("copy of 4.jpg,,1,0.86,0,0.76")
     rows.append("like 5.jpg.jpg,,2,0.85,1,0.7")  # equal in one granularity alone
-    Path("clusters.csv").write_text("\n".join(rows))
+    Path("assigned.csv").write_text("\n".join(rows))
     export("resnet.safetensors", build_encoder("resnet50"), "resnet50", False)
 
     names = {}
