@@ -143,9 +143,8 @@ def linear_probe(batches, features, num_classes, lr=30.0, epochs=100, store=None
         layer.load_state_dict(state["layer"])
         optimizer.load_state_dict(state["optimizer"])
 
-    milestones = (epochs * 6 // 10, epochs * 8 // 10)
     for epoch in range(first_epoch, epochs):
-        drops = sum(epoch >= milestone for milestone in milestones)
+        drops = (10 * epoch >= 6 * epochs) + (10 * epoch >= 8 * epochs)
         optimizer.param_groups[0]["lr"] = lr * 0.1**drops
         for inputs, labels in batches(epoch):
             optimizer.zero_grad()
