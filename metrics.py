@@ -149,7 +149,7 @@ def linear_probe(batches, features, num_classes, lr=30.0, epochs=100, store=None
         for inputs, labels in batches(epoch):
             optimizer.zero_grad()
             F.cross_entropy(layer(inputs), labels).backward()
-            if dist.is_initialized():
+            if dist.is_available() and dist.is_initialized():
                 _average_gradients(layer)
             optimizer.step()
         if store is not None:
