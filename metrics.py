@@ -131,6 +131,9 @@ def linear_probe(batches, features, num_classes, lr=30.0, epochs=100, store=None
     layer = nn.Linear(features.shape[1], num_classes).to(features.device)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
+    distributed = dist.is_available() and dist.is_initialized()
+    if distributed:  # all processes start from the weights of the first
+        dist.broadcast(layer.weight.detach(), 0)
     optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
 
     # resume from a saved state
@@ -149,7 +152,7 @@ def linear_probe(batches, features, num_classes, lr=30.0, epochs=100, store=None
         for inputs, labels in batches(epoch):
             optimizer.zero_grad()
             F.cross_entropy(layer(inputs), labels).backward()
-            if dist.is_available() and dist.is_initialized():
+            if distributed:
                 _average_gradients(layer)
             optimizer.step()
         if store is not None:

@@ -3,8 +3,10 @@
 from fractions import Fraction
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
+import torch.distributed as dist
 
 import metrics
 from metrics import linear_probe
@@ -39,3 +41,29 @@ def test_the_probe_runs_where_torch_was_built_without_distributed(monkeypatch):
     x = torch.randn(6, 3)
     scores = linear_probe(lambda epoch: [(x, torch.arange(6) % 2)], x, 2, epochs=1)
     assert scores.shape == (6, 2)
+
+
+def probe_on_share(rank, world, directory):
+    """Save the scores of a probe that this process trains on its share, from a seed of its own."""
+    if world > 1:
+        init_method = f"file://{directory}/init"
+        dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world)
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    batch = (x[rank::world], torch.arange(8)[rank::world] % 3)
+    torch.manual_seed(rank)
+    scores = linear_probe(lambda epoch: [batch], x, 3, lr=0.1, epochs=2)
+    torch.save(scores, f"{directory}/{rank}_of_{world}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_processes_with_seeds_of_their_own_train_one_probe(tmp_path):
+    probe_on_share(0, 1, tmp_path)
+    processes.start_server()
+    torch.multiprocessing.start_processes(
+        probe_on_share, (2, tmp_path), 2, start_method="forkserver"
+    )
+    alone = torch.load(tmp_path / "0_of_1.pt", weights_only=True)
+    for rank in range(2):
+        scores = torch.load(tmp_path / f"{rank}_of_2.pt", weights_only=True)
+        torch.testing.assert_close(scores, alone)
