@@ -56,8 +56,9 @@ def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
         previous epoch. With those, half the iterations are enough. None: start from random samples.
     Returns a list of Clusters in the order of `num_cluster`. Each sample belongs to its nearest
         centroid before the centroids are normalised.
-    Raises ValueError if a number is below 1 or exceeds M, or if a row of `features` or `init` is
-        not finite or longer than LARGEST. The message has the number of the first such row.
+    Raises ValueError if a number is below 1 or exceeds M; if the centroids to start from are not
+        (K, D); or if a row of `features` or `init` is not finite or longer than LARGEST. The
+        message then has the number of the first such row.
     """
     with np.errstate(over="ignore"):  # a float64 may be infinite in float32; the next line finds it
         features = np.ascontiguousarray(features, dtype=np.float32)
@@ -75,6 +76,9 @@ def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
             raise ValueError(f"cannot make {k} clusters of {len(features)} samples")
         if start is not None:
             start = np.ascontiguousarray(start, dtype=np.float32)
+            wanted = (k, features.shape[1])
+            if start.shape != wanted:  # more centroids would end the process in faiss
+                raise ValueError(f"the centroids to start from are {start.shape}, not {wanted}")
             row_lengths(start, "the centroids to start from")
         centroids, squared, assignment = kmeans(features, k, niter, seed, start)
 

@@ -3,12 +3,14 @@
 from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import processes
 import pytest
 import torch
 import torch.distributed as dist
 
 import metrics
+from cluster import run_kmeans
 from metrics import linear_probe
 
 
@@ -67,3 +69,12 @@ def test_processes_with_seeds_of_their_own_train_one_probe(tmp_path):
     for rank in range(2):
         scores = torch.load(tmp_path / f"{rank}_of_2.pt", weights_only=True)
         torch.testing.assert_close(scores, alone)
+
+
+@pytest.mark.parametrize("rows, columns", [(8, 4), (30, 4), (9, 3)])
+def test_centroids_to_start_from_of_another_shape_are_refused(rows, columns):
+    """For example in the order of other granularities. In faiss they may end the process."""
+    x = np.random.default_rng(0).normal(size=(100, 4))
+    init = [np.ones((5, 4)), np.ones((rows, columns))]
+    with pytest.raises(ValueError, match=rf"start from are \({rows}, {columns}\), not \(9, 4\)"):
+        run_kmeans(x, [5, 9], 0.2, init=init)
