@@ -402,7 +402,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch norm with statistics of its own for each of `num_splits` groups of the batch.
 
     A group is a run of consecutive samples. The running statistics move only when
-    `move_running_statistics` is called, once after each training step's forward pass.
+    `move_running_statistics` is called, once after each training step's forward pass. In training,
+    raises ValueError if the batch does not split into equal groups.
 
     The groups are normalised one by one and joined, which copies the activations once. Groups as
     channels of their own, so that one call does all, would copy them twice if channels are last.
@@ -416,6 +417,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         splits = self.num_splits
+        if len(x) % splits:  # chunk would make fewer groups, or groups of different sizes
+            raise ValueError(f"a batch of {len(x)} does not split into {splits} equal groups")
         self.count = x.numel() // splits // self.num_features  # values behind each mean
         if self.count < 2:
             raise ValueError(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import metrics
 from cluster import run_kmeans
 from metrics import linear_probe
+from model import SplitBatchNorm2d
 
 
 class Rates:
@@ -78,3 +79,12 @@ def test_centroids_to_start_from_of_another_shape_are_refused(rows, columns):
     init = [np.ones((5, 4)), np.ones((rows, columns))]
     with pytest.raises(ValueError, match=rf"start from are \({rows}, {columns}\), not \(9, 4\)"):
         run_kmeans(x, [5, 9], 0.2, init=init)
+
+
+@pytest.mark.parametrize("n", [3, 6, 9, 10])
+def test_batch_norm_in_groups_refuses_a_batch_that_does_not_split(n):
+    norm = SplitBatchNorm2d(3, num_splits=4)
+    x = torch.randn(n, 3, 2, 2)
+    with pytest.raises(ValueError, match=f"a batch of {n} does not split into 4 equal groups"):
+        norm(x)
+    assert norm.eval()(x).shape == x.shape
