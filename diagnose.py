@@ -100,6 +100,8 @@ def is_leaking(log, knn_untrained):
         return False
     earlier = [past["knn"] for past in log[:-1] if past["knn"] is not None]
     is_falling = row["knn"] < max(earlier, default=0) - NO_GAIN
+    if knn_untrained is None:
+        return is_falling
     is_untrained = row["knn"] < min(knn_untrained + NO_GAIN, 100)
     return is_falling or is_untrained
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import diagnose
 import metrics
 from cluster import run_kmeans
 from metrics import linear_probe
@@ -88,3 +89,9 @@ def test_batch_norm_in_groups_refuses_a_batch_that_does_not_split(n):
     with pytest.raises(ValueError, match=f"a batch of {n} does not split into 4 equal groups"):
         norm(x)
     assert norm.eval()(x).shape == x.shape
+
+
+@pytest.mark.parametrize("earlier, expected", [([], False), ([80.0], True), ([60.5], False)])
+def test_a_leak_shows_without_an_untrained_accuracy_if_knn_accuracy_falls(earlier, expected):
+    log = [{"acc_inst": 99.9, "knn": knn} for knn in [*earlier, 60.0]]
+    assert diagnose.is_leaking(log, knn_untrained=None) == expected
