@@ -232,7 +232,7 @@ def resized_crop(x, boxes, size):
     rows, columns = _resize_matrices(start, length, max(height, width), size)
     rows = rows[:, None, :, :height]
     columns = columns[:, None, :, :width]
-    return rows @ x @ columns.mT
+    return along_both_axes(rows, x, columns)
 
 
 def _resize_matrices(start, length, n, size):
@@ -318,7 +318,13 @@ def gaussian_blur(x, sigma):
     pixel = torch.arange(x.shape[-1], device=x.device)
     weight = (-0.5 * ((pixel[:, None] - pixel) / sigma[:, None, None]) ** 2).exp()
     weight = (weight / weight.sum(2, keepdim=True))[:, None]
-    return weight @ x @ weight.mT
+    return along_both_axes(weight, x, weight)
+
+
+def along_both_axes(rows, x, columns):
+    """Matrix products for a crop or a blur of the images x, in float32 even under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return rows @ x @ columns.mT
 
 
 def mirror(x):

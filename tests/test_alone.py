@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import diagnose
 import metrics
+from augment import RandomView
 from cluster import run_kmeans
 from metrics import linear_probe
 from model import SplitBatchNorm2d
@@ -95,3 +96,14 @@ def test_batch_norm_in_groups_refuses_a_batch_that_does_not_split(n):
 def test_a_leak_shows_without_an_untrained_accuracy_if_knn_accuracy_falls(earlier, expected):
     log = [{"acc_inst": 99.9, "knn": knn} for knn in [*earlier, 60.0]]
     assert diagnose.is_leaking(log, knn_untrained=None) == expected
+
+
+@pytest.mark.parametrize("color_jitter", [True, False])
+def test_views_are_the_same_under_autocast(color_jitter):
+    images = torch.randint(256, (8, 3, 20, 20), dtype=torch.uint8)
+    draws = RandomView.draw(8, seed=0)
+    random_view = RandomView(16, color_jitter=color_jitter)
+    expected = random_view.two_views(images, draws)
+    with torch.autocast("cpu", torch.bfloat16):
+        views = random_view.two_views(images, draws)
+    torch.testing.assert_close(views, expected)
