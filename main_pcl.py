@@ -1095,7 +1095,8 @@ def build_and_train(args):
         announce(run, datasets)
         speed_up_encoders(model, args)
         first_epoch, start = run.epoch, time.time()
-        with image_files.broken_images_listed(directory, datasets, DataError):
+        known = datasets.num_broken()
+        with image_files.broken_images_listed(directory, datasets, DataError, known):
             train(run, datasets, stop)
     conclude(run, len(run.log) - first_epoch, time.time() - start, datasets.has_labels)
     return run.log

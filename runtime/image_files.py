@@ -14,12 +14,12 @@ SHOWN = 3  # names in a message
 
 # -- broken images ---------------------------------------------------------------------------------
 @contextlib.contextmanager
-def broken_images_listed(directory, datasets, data_error):
+def broken_images_listed(directory, datasets, data_error, known=0):
     """Context that reads images. The broken ones among them are listed in broken.txt.
 
     data_error: the type of the error for images that cannot be read; it then names the list.
+    known: how many broken images have been announced already.
     """
-    known = datasets.num_broken()
     try:
         yield
         share_broken_images(directory, datasets)
