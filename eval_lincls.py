@@ -98,12 +98,14 @@ def get_parser():
     )
     add(
         "--exp-dir",
+        type=cli.path,
         nargs="+",
         metavar="DIR",
         help="one or more runs to evaluate; default: the newest experiment_pcl",
     )
     add(
         "--pretrained",
+        type=cli.path,
         metavar="FILE",
         help="evaluate the checkpoint FILE, of a run or of any project's ResNet; default: the "
         "checkpoint in --exp-dir",

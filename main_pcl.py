@@ -823,6 +823,7 @@ def add_model_arguments(add):
     )
     add(
         "--init",
+        type=cli.path,
         metavar="FILE",
         help="start from the weights in FILE: a run's checkpoint, or ResNet weights of any "
         "project; useful if you have few images; default: random weights",
@@ -995,6 +996,7 @@ def add_optimization_arguments(add):
 def add_run_arguments(add):
     add(
         "--exp-dir",
+        type=cli.path,
         metavar="DIR",
         help="directory for everything the run writes; default: the next free one of "
         "experiment_pcl, experiment_pcl_2, ...",
@@ -1006,6 +1008,7 @@ def add_run_arguments(add):
     )
     add(
         "--config",
+        type=cli.path,
         metavar="FILE",
         help="use the arguments in another run's args.json, including those that were worked out "
         "from its data, optimizer or epochs, such as --lr; flags win; default: none",

@@ -137,6 +137,13 @@ def amount(text):
     return value
 
 
+def path(text):
+    """An argparse type for the name of a file or folder. An unset variable of a shell is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name one, or leave the flag out")
+    return text
+
+
 def int_list(text):
     """An argparse type for positive whole numbers, separated by commas."""
     return [positive_int(number) for number in text.split(",")]
