@@ -345,6 +345,7 @@ OUT_OF_MEMORY = (  # parts of the messages of torch, numpy and faiss
     "unable to allocate",
     "bad_alloc",
 )
+WORKER_IS_GONE = ("is killed by signal", "exited unexpectedly")  # of torch, of a loader worker
 
 
 @contextlib.contextmanager
@@ -389,6 +390,8 @@ def fail_if_foreseeable(error, data_error, again):
         return
     if any(sign in signs for sign in OUT_OF_MEMORY):
         fail_for_memory(error)
+    if any(sign in signs for sign in WORKER_IS_GONE):
+        fail(f"{text}; if the system was short of memory, give fewer --workers; {again}", 1)
     if dist.is_initialized() and any(sign in signs for sign in PEER_IS_GONE):
         fail(f"another process of this run has ended ({text}); {again}", 1)
 
@@ -403,7 +406,10 @@ def stop_at_once(again):
 def fail_for_memory(error):
     """End the program for want of memory."""
     text = format_error(error).partition("\\n")[0]
-    fail(f"out of memory ({text}); lower --batch-size or --image-size", 1)
+    advice = "lower --batch-size or --image-size"
+    if "shared memory" in text:  # in which loader workers hand over images
+        advice = "give fewer --workers, or more shared memory: in Docker, with --shm-size"
+    fail(f"out of memory ({text}); {advice}", 1)
 
 
 @contextlib.contextmanager

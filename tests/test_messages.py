@@ -1,10 +1,16 @@
 """Messages: what a user is told is true, and the advice in it is the right one."""
 
+import os
+import signal
+
 import pytest
 from conftest import TINY, fails, picture, run
+from torch.utils.data import get_worker_info
 
 import eval_lincls
 import main_pcl
+from data import DataError, Images
+from runtime import cli
 
 
 # -- broken images ---------------------------------------------------------------------------------
@@ -33,3 +39,37 @@ def test_an_empty_name_is_refused(folder, tmp_path, capsys, monkeypatch, script,
     monkeypatch.chdir(tmp_path)
     error = fails(capsys, script.main, folder, flag, "")
     assert f"argument {flag}: is empty" in error
+
+
+# -- memory ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("script", [main_pcl, eval_lincls])
+def test_a_killed_loader_worker_gets_one_line(mixed, tmp_path, capsys, monkeypatch, script):
+    """As by the kernel, if the machine is short of memory."""
+    options = [*TINY, "--epochs", 1, "--exp-dir", tmp_path]
+    if script is eval_lincls:
+        run(mixed, *options)
+        options = ["--exp-dir", tmp_path]
+    read = Images.image
+
+    def image(self, index):
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, index)
+
+    monkeypatch.setattr(Images, "image", image)
+    capsys.readouterr()
+    error = fails(capsys, script.main, mixed, *options, "-j", 1, status=1)
+    assert "DataLoader worker" in error
+    assert "fewer --workers" in error
+
+
+def test_workers_without_shared_memory_are_told_of_it(capsys):
+    """The message is torch's, in a container whose /dev/shm is too small."""
+
+    def load(_):
+        with cli.errors_in_one_line(DataError):
+            raise RuntimeError(
+                "unable to allocate shared memory(shm) for file </torch_7_6>: No space left (28)"
+            )
+
+    assert "--shm-size" in fails(capsys, load, status=1)
