@@ -936,7 +936,7 @@ class Branch:
     """A folder and what is in it.
 
     path: text. `images`: names of the images in it, sorted. `children`: {name: Branch} of the
-    folders in it. `count`: number of images in it and below.
+    folders in it. `count`: number of images in it and below. `is_readable`: whether all of it is.
     """
 
     def __init__(self, path, parent=None):
@@ -945,6 +945,7 @@ class Branch:
         self.images = []
         self.children = {}
         self.count = 0
+        self.is_readable = True
 
     def add_images(self, names):
         self.images = sorted(names)
@@ -976,8 +977,12 @@ def _scan(root, record):
     top = Branch(str(root))
     branches = {top.path: top}
 
-    def note_unreadable(_):
+    def note_unreadable(error):
         record.skipped["unreadable folder"] += 1
+        branch = branches.get(error.filename)
+        while branch is not None:
+            branch.is_readable = False
+            branch = branch.parent
 
     for path, folders, names in os.walk(top.path, onerror=note_unreadable, followlinks=True):
         branch = branches[path]
@@ -1141,7 +1146,10 @@ def _read_branch(branch, fewest, record):
 
     for _, child in sorted(branch.children.items()):
         if fewest == 1 and not child.count:
-            raise DataError(f"the class folder {child.path!r} has no images; remove it")
+            advice = "remove it"
+            if not child.is_readable:
+                advice = "you may not read it, or a folder in it: change their permissions"
+            raise DataError(f"the class folder {child.path!r} has no images; {advice}")
     record.skipped["image beside the class folders"] += beside
     samples = []
     for label, child in enumerate(full.values()):

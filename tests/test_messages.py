@@ -1,6 +1,8 @@
 """Messages: what a user is told is true, and the advice in it is the right one."""
 
+import errno
 import os
+import shutil
 import signal
 
 import pytest
@@ -73,3 +75,26 @@ def test_workers_without_shared_memory_are_told_of_it(capsys):
             )
 
     assert "--shm-size" in fails(capsys, load, status=1)
+
+
+# -- folders ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("closed", ["class 1", "class 1/inner"])
+def test_nobody_is_told_to_remove_a_class_that_may_not_be_read(
+    folder, tmp_path, capsys, monkeypatch, closed
+):
+    root = tmp_path / "images"
+    shutil.copytree(folder, root)
+    (root / "train/class 1").rename(root / "inner")
+    (root / "train/class 1").mkdir()
+    (root / "inner").rename(root / "train/class 1/inner")
+    scandir = os.scandir
+
+    def scan(path):
+        if str(path) == str(root / "train" / closed):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    error = fails(capsys, main_pcl.main, root)
+    assert "class 1' has no images; you may not read it" in error
+    assert "remove it" not in error
