@@ -255,6 +255,7 @@ def find_checkpoints(args):
 
     paths = []
     if args.pretrained:
+        checkpoint.refuse_missing(args.pretrained)
         paths.append(Path(args.pretrained))
     else:
         for directory in args.exp_dir or [None]:

@@ -184,8 +184,7 @@ def find(directory, resume):
         return latest
     if not resume:
         return None
-    if not Path(resume).is_file():
-        fail(f"there is no file {resume}")
+    refuse_missing(resume)
     return Path(resume)
 
 
@@ -355,8 +354,7 @@ def read(path):
     Ends the program in one line, with exit status 2, if there is no such dict, or if a tensor
     claims more values than the file holds.
     """
-    if not Path(path).is_file():
-        fail(f"there is no file {path}")
+    refuse_missing(path)
     try:
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -380,6 +378,15 @@ def read(path):
     if not isinstance(checkpoint, dict):
         fail(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     return {key: value for key, value in checkpoint.items() if not isinstance(value, LeftOut)}
+
+
+def refuse_missing(path):
+    """End the program in one line if `path` is not a file."""
+    if Path(path).is_dir():
+        example = Path(path) / "checkpoint.pth.tar"
+        fail(f"{path} is a folder; name a file in it, for example {example}")
+    if not Path(path).is_file():
+        fail(f"there is no file {path}")
 
 
 def _tensors_in(value):

@@ -98,3 +98,15 @@ def test_nobody_is_told_to_remove_a_class_that_may_not_be_read(
     error = fails(capsys, main_pcl.main, root)
     assert "class 1' has no images; you may not read it" in error
     assert "remove it" not in error
+
+
+@pytest.mark.parametrize(
+    "script, flag", [(main_pcl, "--init"), (main_pcl, "--resume"), (eval_lincls, "--pretrained")]
+)
+def test_a_folder_in_place_of_a_checkpoint_is_called_a_folder(
+    folder, tmp_path, capsys, monkeypatch, script, flag
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    error = fails(capsys, script.main, folder, flag, "run")
+    assert "run is a folder; name a file in it, for example run/checkpoint.pth.tar" in error
