@@ -131,7 +131,10 @@ def resume(directory, run, compare_images=None):
     changes = {}
     if path is not None:
         difference = functools.partial(compare_images, path.parent) if compare_images else None
-        changes = restore(read(path), run, difference)
+        loaded = read(path)
+        if "run" not in loaded:
+            fail(f"{path} holds no run to continue; to start from its weights, name it with --init")
+        changes = restore(loaded, run, difference)
         print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
     if run.epoch >= run.args.epochs:
         if path == latest:

@@ -6,12 +6,14 @@ import shutil
 import signal
 
 import pytest
+import torch
 from conftest import TINY, fails, picture, run
 from torch.utils.data import get_worker_info
 
 import eval_lincls
 import main_pcl
 from data import DataError, Images
+from model import build_encoder
 from runtime import cli
 
 
@@ -41,6 +43,16 @@ def test_an_empty_name_is_refused(folder, tmp_path, capsys, monkeypatch, script,
     monkeypatch.chdir(tmp_path)
     error = fails(capsys, script.main, folder, flag, "")
     assert f"argument {flag}: is empty" in error
+
+
+def test_weights_that_are_no_run_are_for_init(folder, tmp_path, capsys):
+    file = tmp_path / "resnet.pth"
+    torch.save(build_encoder("resnet18_w4", small_images=True).state_dict(), file)
+    options = [folder, *TINY, "--epochs", 1, "--exp-dir", tmp_path / "run"]
+    assert "to start from its weights, name it with --init" in fails(
+        capsys, main_pcl.main, *options, "--resume", file
+    )
+    run(*options, "--init", file)
 
 
 # -- memory ----------------------------------------------------------------------------------------
