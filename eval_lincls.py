@@ -100,6 +100,7 @@ def get_parser():
         "--exp-dir",
         type=cli.path,
         nargs="+",
+        action="extend",
         metavar="DIR",
         help="one or more runs to evaluate; default: the newest experiment_pcl",
     )
@@ -122,6 +123,7 @@ def get_parser():
         "--knn-k",
         type=cli.positive_int,
         nargs="+",
+        action="extend",
         metavar="K",
         help="numbers of neighbours in the kNN vote; default: 200, fewer for little data",
     )
@@ -129,6 +131,7 @@ def get_parser():
         "--labels",
         type=cli.amount,
         nargs="+",
+        action="extend",
         default=[],
         metavar="L",
         help="also probe with few labels: a fraction of each class (0.01) or a number (1, 5), mean "

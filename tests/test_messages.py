@@ -45,6 +45,18 @@ def test_an_empty_name_is_refused(folder, tmp_path, capsys, monkeypatch, script,
     assert f"argument {flag}: is empty" in error
 
 
+@pytest.mark.parametrize(
+    "flag, values", [("--exp-dir", "ab"), ("--labels", [1, 5]), ("--knn-k", [1, 5])]
+)
+def test_a_list_may_be_given_in_parts(flag, values):
+    """Were the first part forgotten, a mean would be of fewer runs than were named."""
+    parser = eval_lincls.get_parser()
+    together = parser.parse_args([flag, *map(str, values)])
+    apart = parser.parse_args([f"{flag}={value}" for value in values])
+    assert apart == together
+    assert parser.parse_args([]).labels == []
+
+
 def test_weights_that_are_no_run_are_for_init(folder, tmp_path, capsys):
     file = tmp_path / "resnet.pth"
     torch.save(build_encoder("resnet18_w4", small_images=True).state_dict(), file)
