@@ -1113,8 +1113,8 @@ def _read_without_parts(branch, top, record):
     names = list(top.full())
     if len(names) > 1 and all(any(map(_is_train, top.children[name].full())) for name in names):
         raise DataError(
-            f"each class folder in {top.path} has a part of training images; move them to "
-            "train/CLASS and val/CLASS"
+            f"each folder in {top.path} has a part of training images; name one of the folders or, "
+            "if they are classes, move them to train/CLASS and val/CLASS"
         )
     if names and all(map(_is_held_out, names)):
         record.notes.append("there is no folder train/: all images are training images")

@@ -134,3 +134,11 @@ def test_a_folder_in_place_of_a_checkpoint_is_called_a_folder(
     (tmp_path / "run").mkdir()
     error = fails(capsys, script.main, folder, flag, "run")
     assert "run is a folder; name a file in it, for example run/checkpoint.pth.tar" in error
+
+
+def test_one_of_several_data_sets_can_be_named(folder, tmp_path, capsys):
+    """Such as the folds of a cross-validation."""
+    for fold in ("fold1", "fold2"):
+        (tmp_path / fold).symlink_to(folder)
+    error = fails(capsys, main_pcl.main, tmp_path)
+    assert f"each folder in {tmp_path} has a part of training images; name one of the" in error
