@@ -1095,6 +1095,7 @@ def build_and_train(args):
             return run.log
         write_args(directory, vars(args), run.epoch, run.step, changes)
         image_files.write_images_txt(directory, datasets)
+        image_files.renew_list(directory, datasets, is_new=run.epoch == run.step == 0)
         announce(run, datasets)
         speed_up_encoders(model, args)
         first_epoch, start = run.epoch, time.time()

@@ -42,6 +42,20 @@ def share_broken_images(directory, datasets):
         list_broken_images(directory, datasets)
 
 
+def renew_list(directory, datasets, is_new):
+    """Let broken.txt in a run's directory be this run's, on the first rank.
+
+    The images were read before the directory was this run's: --overwrite has removed the list, or
+    a start that failed has left its own. is_new: whether the run begins here.
+    """
+    if get_rank_and_world()[0] > 0:
+        return
+    if datasets.num_broken() > 0:
+        list_broken_images(directory, datasets)
+    elif is_new:
+        (directory / "broken.txt").unlink(missing_ok=True)
+
+
 def list_broken_images(directory, datasets):
     """Write the names of the broken images to broken.txt."""
     names = []

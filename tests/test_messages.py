@@ -27,6 +27,27 @@ def test_a_skipped_image_whose_header_is_broken_is_announced(tmp_path, capsys):
     assert capsys.readouterr().out.count("left out because they are broken: 1,") == 1
 
 
+def test_the_list_of_broken_images_is_that_of_the_run(tmp_path, capsys, monkeypatch):
+    """Neither that of a start that failed, nor missing because --overwrite has cleared it."""
+    for i in range(20):
+        picture(12, 12, seed=i).save(tmp_path / f"{i:02d}.png")
+    broken = tmp_path / "07.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"")
+    options = [tmp_path, *TINY, "--epochs", 1, "--exp-dir", tmp_path / "run"]
+    fails(capsys, main_pcl.main, *options)
+    assert (tmp_path / "run" / "broken.txt").read_text() == f"{broken}\n"
+    broken.write_bytes(whole)
+    run(*options)
+    assert not (tmp_path / "run" / "broken.txt").exists()
+
+    broken.write_bytes(b"")
+    monkeypatch.setattr(main_pcl, "train", lambda *_: exit(7))
+    with pytest.raises(SystemExit, match="7"):
+        run(*options, "--skip-broken", "--overwrite")
+    assert (tmp_path / "run" / "broken.txt").read_text() == f"{broken}\n"
+
+
 # -- flags -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "script, flag",
