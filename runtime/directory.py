@@ -70,7 +70,7 @@ def choose_directory(exp_dir, resume):
     runs = {}  # {number: directory}
     for path in Path().iterdir():
         number = re.fullmatch(r"experiment_pcl(?:_([2-9]|[1-9][0-9]+))?", path.name)
-        if number:
+        if number and not is_failed_start(path):
             runs[int(number[1] or 1)] = path
     for directory in runs.values():
         if is_restart(directory):
@@ -81,6 +81,11 @@ def choose_directory(exp_dir, resume):
     if resume == "":
         return runs[latest]
     return Path(f"experiment_pcl_{latest + 1}")
+
+
+def is_failed_start(directory):
+    """Whether `directory` holds nothing but the list of the broken images that ended a start."""
+    return directory.is_dir() and os.listdir(directory) == ["broken.txt"]
 
 
 def is_restart(directory):

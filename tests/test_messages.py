@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import main_pcl
 from data import DataError, Images
 from model import build_encoder
 from runtime import cli
+from runtime.directory import choose_directory
 
 
 # -- broken images ---------------------------------------------------------------------------------
@@ -46,6 +48,18 @@ def test_the_list_of_broken_images_is_that_of_the_run(tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit, match="7"):
         run(*options, "--skip-broken", "--overwrite")
     assert (tmp_path / "run" / "broken.txt").read_text() == f"{broken}\n"
+
+
+def test_a_start_that_broken_images_ended_is_not_the_latest_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(folder, *TINY, "--epochs", 1)
+    for i in range(20):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, *TINY, "--image-size", 12)
+    assert (tmp_path / "experiment_pcl_2" / "broken.txt").exists()
+    assert choose_directory(None, resume="") == Path("experiment_pcl")  # as the evaluation asks
+    assert choose_directory(None, resume=None) == Path("experiment_pcl_2")
 
 
 # -- flags -----------------------------------------------------------------------------------------
