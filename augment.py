@@ -40,7 +40,8 @@ class Draws(NamedTuple):
     jitter: torch.Tensor  # (N, 4) change of brightness, contrast, saturation and hue
     chances: torch.Tensor  # (N, len(CHANCES)) one per operation, applied if below its chance
     blur_sigma: torch.Tensor  # (N, 1) standard deviation of the blur
-    # (N, 4) only row 0 counts: all views of a call are changed in ascending order of its numbers
+    # (N, 4) order of the four changes, from the smallest number to the largest; row 0 decides for
+    # all views of a call
     jitter_order: torch.Tensor
 
     @classmethod

@@ -54,8 +54,8 @@ def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
     niter: number of k-means iterations.
     init: centroids to start from, one (K, D) per granularity, for example the prototypes of the
         previous epoch. With those, half the iterations are enough. None: start from random samples.
-    Returns a list of Clusters in the order of `num_cluster`. Each sample belongs to its nearest
-        centroid before the centroids are normalised.
+    Returns a list of Clusters in the order of `num_cluster`. A sample belongs to the
+        centroid that is nearest to it before the centroids are normalised.
     Raises ValueError if a number is below 1 or exceeds M; if the centroids to start from are not
         (K, D); or if a row of `features` or `init` is not finite or longer than LARGEST. The
         message then has the number of the first such row.
@@ -172,7 +172,7 @@ def _torch_kmeans(features, k, niter, seed, start, device="cuda"):
         # more likely to be split. Halves of the same one coincide until later iterations.
         empty = (size == 0).nonzero()[:, 0]
         chances = (size.cpu().numpy() - 1).clip(0).astype(float)
-        if len(empty) and chances.any():
+        if len(empty) > 0:  # then another cluster has two samples or more
             split = rng.choice(k, len(empty), p=chances / chances.sum())
             split = torch.from_numpy(split).to(device)
             centroids[empty] = centroids[split] * (1 + 2**-10)

@@ -151,9 +151,10 @@ def remedies(loss_inst, settings):
 
     The most likely remedy comes first.
 
-    loss_inst: the InfoNCE loss of the epoch. Near ln(queue + 1), the loss of equal logits, the
-    keys drift faster than the queue is renewed, or all features have collapsed onto one point. A
-    low loss means a shortcut: the views are too alike, or batch-norm statistics reveal the key.
+    loss_inst: the InfoNCE loss of the epoch. If it is near ln(queue + 1), the loss of equal logits,
+    then the keys change faster than the queue is renewed, or all features have collapsed onto one
+    point. If it is low, there is a shortcut: the views are too alike, or batch-norm statistics
+    reveal the key.
     """
     chance = math.log(settings["pcl_r"] + 1)
     one_point = loss_inst > chance / 2

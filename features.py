@@ -104,8 +104,8 @@ def load_features(directory, n, memory_map=None):
     memory_map: path of a file to keep the array in, for features that do not fit in memory. To open
         the file again, use np.load(path, mmap_mode="c"): with mode "r", PyTorch warns that the
         array is not writable.
-    Raises ValueError, naming the first of them, if samples are missing; ValueError if a saved index
-        is not below n; OSError if the disk has no room for the file.
+    Raises ValueError if samples are missing (it names the first five) or if a saved index is not in
+        0 to n - 1; OSError if the disk has no room for the file.
     """
     features, missing = read_features(directory, n, memory_map)
     if missing.size:

@@ -39,8 +39,8 @@ def proto_nce(q, index, clusters, num_negatives):
     q: (N, D) unit rows.
     index: (N,) positions of the samples in the data set.
     clusters: one (im2cluster (M,) int64, centroids (K, D) unit rows, density (K,)) per granularity,
-        on the device of q. The density is the paper's concentration phi: the temperature of each
-        prototype.
+        on the device of q; centroids and density are float32. The density is the paper's
+        concentration phi: the temperature of each prototype.
     num_negatives: the number of negatives to draw, without replacement, from the prototypes to
         which no sample of the batch belongs. If there are at most num_negatives + 1 prototypes in
         all, all are used and nothing is drawn. The other samples' prototypes are negatives as well.

@@ -54,8 +54,8 @@ def logistic_regression(features, labels, queries, num_classes, seed=0):
 def _best_strength(x, labels, num_classes, seed):
     """The L2 penalty of STRENGTHS with the lowest cross-entropy on held-out rows of x (M, D).
 
-    One tenth of the rows is held out. With fewer than 1,000 rows, several tenths are held out in
-    turn: enough to make 100 rows, or all ten.
+    One tenth of the rows is held out. With fewer than 1,000 rows, further tenths are held out, one
+    after another, until 100 rows or all rows have been held out.
     """
     if len(x) <= 1:
         return STRENGTHS[0]  # there is nothing to hold out
@@ -147,7 +147,7 @@ def linear_probe(batches, features, num_classes, lr=30.0, epochs=100, store=None
         optimizer.load_state_dict(state["optimizer"])
 
     for epoch in range(first_epoch, epochs):
-        drops = (10 * epoch >= 6 * epochs) + (10 * epoch >= 8 * epochs)
+        drops = sum(10 * epoch >= tenths * epochs for tenths in (6, 8))  # after 60 and 80 %
         optimizer.param_groups[0]["lr"] = lr * 0.1**drops
         for inputs, labels in batches(epoch):
             optimizer.zero_grad()
@@ -218,7 +218,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=None, temperature=0.1):
             f"a kNN vote needs features: the bank has {len(bank)} rows, and there are "
             f"{len(queries)} queries"
         )
-    if not k:
+    if k is None:
         k = default_k(len(bank))
     k = min(len(bank), k)
 
@@ -266,10 +266,11 @@ def effective_rank(moments):
 
 
 def spread(moments):
-    """How far unit features spread over the sphere, from 0 (one point) to 1 (every direction).
+    """How far unit features spread over the sphere, from 0 (one point) to 1 (all dimensions).
 
     sqrt(D) times the mean over the D dimensions of their standard deviation. Chen and He 2021
-    (arXiv 2011.10566, section 4.1) measure collapse in this way.
+    (arXiv 2011.10566, section 4.1) measure collapse in this way. Two opposite points can reach 1
+    as well, so read it together with the rank.
 
     moments: (D + 1, D + 1) from `moments`.
     """

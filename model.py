@@ -168,7 +168,7 @@ class MoCo(nn.Module):
         """Deal the images (N, 3, H, W) of all processes out over all batch-norm groups.
 
         Each group's images go to all groups in shares as equal as possible. If they divide evenly,
-        a key's group shares 1/groups of its images with its query's, the least possible.
+        1/groups of the images in a key's group are also in its query's group, the least possible.
         Returns this process's share (N, 3, H, W), and the rows (N,) of its own images among the
         gathered outputs, which undo the shuffle.
         """
@@ -230,8 +230,12 @@ def is_timm(arch):
 
 
 def backbone(encoder):
-    """`encoder` without its `.fc`, sharing its weights: (N, 3, H, W) -> pooled features (N, D)."""
-    network = copy.copy(encoder)  # shallow: the layers are the same objects
+    """`encoder` without its `.fc`: (N, 3, H, W) -> pooled features (N, D).
+
+    The layers are the same objects, so `backbone(encoder).eval()` puts those of `encoder` in eval
+    mode too: call `encoder.train()` afterwards.
+    """
+    network = copy.copy(encoder)  # shallow
     network.__dict__.pop("forward", None)  # of a compiled or captured encoder
     network._modules = {**encoder._modules, "fc": nn.Identity()}
     return network

@@ -89,7 +89,10 @@ def default_arch(image_size):
 
 
 def default_batch_size(largest, n, world):
-    """At most `largest`, about ten steps per epoch or more, and a multiple of `world` processes."""
+    """A power of two from 8 to `largest`, for about ten steps per epoch or more.
+
+    It is rounded down to a multiple of `world` processes: to 0 if they are more than its images.
+    """
     batch_size = min(largest, power_of_two(max(8, n / 10)))
     return batch_size // world * world
 
