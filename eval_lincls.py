@@ -458,7 +458,8 @@ def find_data(name, image_size, options, built):
     """
     key = str([name, image_size, options])
     if key not in built:
-        with cli.phase(f"reading {name}"):
+        reading = cli.phase(f"reading {name}")
+        with reading, distributed.main_process_first():  # so that the others find its download
             datasets = built[key] = build_datasets(name, image_size, **options)
         distributed.refuse_other_images(datasets.sources, datasets.image_size)
     return built[key]
