@@ -1056,6 +1056,7 @@ def build_and_train(args):
     directory = distributed.broadcast_object(choose_directory(args.exp_dir, args.resume))
     args.exp_dir = str(directory)
     check_writable(directory)
+    refuse_folder_of_data(args.data, directory)
 
     # data and arguments
     augmentation = {name: getattr(args, name) for name in AUGMENTATION}
@@ -1104,6 +1105,19 @@ def build_and_train(args):
             train(run, datasets, stop)
     conclude(run, len(run.log) - first_epoch, time.time() - start, datasets.has_labels)
     return run.log
+
+
+def refuse_folder_of_data(data, directory):
+    """End the program in one line if a run in `directory` would write among its own images.
+
+    Its pictures would be read as images the next time. The same goes for a directory with the name
+    of a data set, because a folder of that name is read in its place.
+    """
+    if data not in (None, "", "digits") and Path(data).absolute() == directory.absolute():
+        cli.fail(
+            f"--exp-dir {directory} is also the data, and the run's pictures would be read as "
+            "images; choose another --exp-dir"
+        )
 
 
 def refuse_other_arguments(args):

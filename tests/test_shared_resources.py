@@ -1,8 +1,12 @@
 """What ranks, loader workers and a run's own files must not take from each other."""
 
+from pathlib import Path
+
 import pytest
+from conftest import fails, picture
 
 import eval_lincls
+import main_pcl
 from data import build_datasets
 from runtime import distributed
 
@@ -23,3 +27,17 @@ def test_the_first_rank_of_an_evaluation_downloads_alone(folder, monkeypatch, ra
     assert events == expected
     assert eval_lincls.find_data(str(folder), None, {}, built) is datasets
     assert events == expected
+
+
+@pytest.mark.parametrize("data, directory", [("photos", "./photos/"), ("cifar10", "cifar10")])
+def test_a_run_is_not_written_among_its_images(tmp_path, monkeypatch, capsys, data, directory):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main_pcl, "build_datasets", None)  # it must not come to that
+    (tmp_path / "photos").mkdir()
+    picture().save(tmp_path / "photos" / "1.png")
+    error = fails(capsys, main_pcl.main, data, "--exp-dir", directory)
+    assert "choose another --exp-dir" in error
+
+
+def test_the_digits_may_be_trained_on_in_a_folder_of_that_name():
+    main_pcl.refuse_folder_of_data("digits", Path("digits"))
