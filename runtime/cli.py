@@ -338,6 +338,7 @@ PEER_IS_GONE = (  # parts of the messages by which gloo and nccl report a dead p
     "timed out",
     "connection refused",
 )
+WORKER_IS_GONE = "dataloader worker (pid"  # part of the message by which torch reports one
 OUT_OF_MEMORY = (  # parts of the messages of torch, numpy and faiss
     "out of memory",
     "can't allocate memory",
@@ -345,16 +346,15 @@ OUT_OF_MEMORY = (  # parts of the messages of torch, numpy and faiss
     "unable to allocate",
     "bad_alloc",
 )
-WORKER_IS_GONE = ("is killed by signal", "exited unexpectedly")  # of torch, of a loader worker
 
 
 @contextlib.contextmanager
 def errors_in_one_line(data_error, again="start again with the same command"):
     """Context in which foreseeable errors end the program in one line.
 
-    Errors in the data, of type `data_error`, exit with status 2; a full disk, a dead peer and too
-    little memory with status 1; Ctrl-C with status 130. Other errors are bugs and keep their
-    traceback.
+    Errors in the data, of type `data_error`, exit with status 2; a full disk, a dead peer or loader
+    worker and too little memory with status 1; Ctrl-C with status 130. Other errors are bugs and
+    keep their traceback.
     again: how to go on after an interruption.
     """
     start.again = again
@@ -390,7 +390,7 @@ def fail_if_foreseeable(error, data_error, again):
         return
     if any(sign in signs for sign in OUT_OF_MEMORY):
         fail_for_memory(error)
-    if any(sign in signs for sign in WORKER_IS_GONE):
+    if WORKER_IS_GONE in signs:
         fail(f"{text}; if the system was short of memory, give fewer --workers; {again}", 1)
     if dist.is_initialized() and any(sign in signs for sign in PEER_IS_GONE):
         fail(f"another process of this run has ended ({text}); {again}", 1)

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from conftest import fails, picture
+from conftest import TINY, fails, picture, run
+from torch.utils.data import get_worker_info
 
 import eval_lincls
 import main_pcl
-from data import build_datasets
+from data import Images, build_datasets
 from runtime import distributed
 
 
@@ -41,3 +42,16 @@ def test_a_run_is_not_written_among_its_images(tmp_path, monkeypatch, capsys, da
 
 def test_the_digits_may_be_trained_on_in_a_folder_of_that_name():
     main_pcl.refuse_folder_of_data("digits", Path("digits"))
+
+
+def fail_in_the_worker(self, index):
+    assert get_worker_info() is not None
+    raise RuntimeError("a bug")
+
+
+def test_a_bug_in_a_loader_worker_keeps_its_traceback(mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(Images, "__getitem__", fail_in_the_worker)
+    monkeypatch.setattr(main_pcl, "load_into_memory", lambda datasets, *_: datasets)
+    monkeypatch.setattr(main_pcl, "evaluate_untrained", lambda *_: None)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(mixed, *TINY, "-j", 1, "--exp-dir", tmp_path / "run")
