@@ -16,7 +16,7 @@ import torch
 
 from runtime import directory as run_directory
 from runtime.cli import fail
-from runtime.distributed import broadcast_object, get_rank_and_world, print_main
+from runtime.distributed import barrier, broadcast_object, get_rank_and_world, print_main
 
 # arguments that belong to one start of the program, not to the run
 PER_START = (
@@ -135,6 +135,7 @@ def resume(directory, run, compare_images=None):
         if "run" not in loaded:
             fail(f"{path} holds no run to continue; to start from its weights, name it with --init")
         changes = restore(loaded, run, difference)
+        barrier()  # until all ranks have read the file, because the first one soon replaces it
         print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
     if run.epoch >= run.args.epochs:
         if path == latest:

@@ -9,7 +9,7 @@ from torch.utils.data import get_worker_info
 import eval_lincls
 import main_pcl
 from data import Images, build_datasets
-from runtime import distributed
+from runtime import checkpoint, distributed
 
 
 @pytest.mark.parametrize("rank, expected", [(0, ["read", "wait"]), (1, ["wait", "read"])])
@@ -55,3 +55,23 @@ def test_a_bug_in_a_loader_worker_keeps_its_traceback(mixed, tmp_path, monkeypat
     monkeypatch.setattr(main_pcl, "evaluate_untrained", lambda *_: None)
     with pytest.raises(RuntimeError, match="a bug"):
         run(mixed, *TINY, "-j", 1, "--exp-dir", tmp_path / "run")
+
+
+def test_a_checkpoint_is_replaced_only_after_all_ranks_have_read_it(folder, tmp_path, monkeypatch):
+    run(folder, *TINY, "--epochs", 1, "--exp-dir", tmp_path / "run")
+    events = []
+
+    def note(module, name):
+        function = getattr(module, name)
+
+        def noted(*args, **options):
+            events.append(name)
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, noted)
+
+    note(checkpoint, "read")
+    note(checkpoint, "barrier")
+    note(checkpoint, "save")
+    run("--epochs", 2, "--exp-dir", tmp_path / "run", "--resume")
+    assert events[:3] == ["read", "barrier", "save"]
