@@ -75,3 +75,13 @@ def test_a_checkpoint_is_replaced_only_after_all_ranks_have_read_it(folder, tmp_
     note(checkpoint, "save")
     run("--epochs", 2, "--exp-dir", tmp_path / "run", "--resume")
     assert events[:3] == ["read", "barrier", "save"]
+
+
+def test_a_rank_alone_in_the_environment_gets_one_line(monkeypatch, capsys):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")  # so that monkeypatch restores them
+    monkeypatch.setenv("RANK", "0")
+    error = fails(capsys, lambda _: distributed.init_distributed(), status=1)
+    assert "WORLD_SIZE" in error
