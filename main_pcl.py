@@ -371,7 +371,7 @@ def gather_features(run, images, keys):
     The saved keys and, for images without one, the momentum encoder's output for the plain view.
     """
     args, n = run.args, len(images)
-    rank, _ = get_rank_and_world()
+    rank, world = get_rank_and_world()
     directory = Path(args.exp_dir) / "features"
     path = directory / "features.npy"
 
@@ -396,6 +396,8 @@ def gather_features(run, images, keys):
                 "must share --exp-dir",
                 1,
             )
+        if world > 1:
+            features.flush()  # because closing a mapped file does not bring it to other nodes
         del features  # closes the file
 
     distributed.barrier()  # the other ranks wait for the file

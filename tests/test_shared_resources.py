@@ -1,7 +1,9 @@
 """What ranks, loader workers and a run's own files must not take from each other."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import TINY, fails, picture, run
 from torch.utils.data import get_worker_info
@@ -85,3 +87,30 @@ def test_a_rank_alone_in_the_environment_gets_one_line(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     error = fails(capsys, lambda _: distributed.init_distributed(), status=1)
     assert "WORLD_SIZE" in error
+
+
+def test_features_reach_the_disk_before_other_nodes_read_them(folder, tmp_path, monkeypatch):
+    events = []
+    flush = np.memmap.flush
+
+    def note_flush(self):
+        events.append("flush")
+        flush(self)
+
+    def all_images(images, index, args):
+        return main_pcl.make_loader(images, index.tolist(), args.batch_size, args)
+
+    def identity(pixels):
+        return pixels.flatten(1)
+
+    images = build_datasets(str(folder), 8).plain
+    args = SimpleNamespace(
+        exp_dir=tmp_path, batch_size=8, device="cpu", amp=False, amp_dtype="bf16", workers=0
+    )
+    fake_run = SimpleNamespace(args=args, model=SimpleNamespace(encode=identity))
+    monkeypatch.setattr(main_pcl, "plain_loader", all_images)
+    monkeypatch.setattr(main_pcl, "get_rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "barrier", lambda: events.append("barrier"))
+    monkeypatch.setattr(np.memmap, "flush", note_flush)
+    main_pcl.gather_features(fake_run, images, keys=None)
+    assert events == ["flush", "barrier"]
