@@ -146,6 +146,8 @@ def resume(directory, run, compare_images=None):
         if has_other:
             run_directory.clear(directory)  # only now, because the checkpoint fits
         if path not in (None, latest):
+            if path.resolve() != latest.resolve():
+                run_directory.remove_features(directory)  # keys of steps that `run` has not taken
             save(directory, run)  # a restart continues from here, not from a later checkpoint
         run_directory.mark_begun(directory)
     return changes

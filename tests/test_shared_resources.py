@@ -1,11 +1,13 @@
 """What ranks, loader workers and a run's own files must not take from each other."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY, fails, picture, run
+import torch
+from conftest import TINY, fails, picture, position, run, stop_in_step
 from torch.utils.data import get_worker_info
 
 import eval_lincls
@@ -114,3 +116,20 @@ def test_features_reach_the_disk_before_other_nodes_read_them(folder, tmp_path, 
     monkeypatch.setattr(np.memmap, "flush", note_flush)
     main_pcl.gather_features(fake_run, images, keys=None)
     assert events == ["flush", "barrier"]
+
+
+def test_an_older_checkpoint_does_not_go_on_with_the_keys_of_later_steps(
+    folder, tmp_path, monkeypatch
+):
+    older = tmp_path / "older.pth.tar"
+    options = [folder, *TINY, "-b", 8, "--epochs", 3, "--warmup", 1, "--exp-dir", tmp_path]
+    stop_in_step(11, monkeypatch, run, *options)
+    assert position(tmp_path) == (1, 2)
+    shutil.copy(tmp_path / "checkpoint.pth.tar", older)
+    keys = list((tmp_path / "features" / "keys").iterdir())
+    assert keys
+    for file in keys:  # as if a later epoch had written them
+        saved = torch.load(file, weights_only=True)
+        torch.save({**saved, "features": saved["features"] * float("nan")}, file)
+    log = run(*options, "--resume", older)  # with those keys, it would stop at the E-step
+    assert len(log) == 3
