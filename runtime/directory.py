@@ -144,7 +144,7 @@ def lock(directory):
         directory.mkdir(parents=True, exist_ok=True)
         held = acquire(directory, holder)
         for pattern in FILES_OF_RUN:
-            for partial in directory.glob(f"{pattern}.tmp"):  # a kill has left it half written
+            for partial in directory.glob(f"{pattern}.*tmp"):  # a kill has left it half written
                 partial.unlink()
         write_atomically(holder, describe_this_process().encode())
     except filelock.Timeout:
@@ -281,7 +281,8 @@ def write_atomically(path, data):
 
     If the process dies or the disk is full, `path` keeps its old content. Raises OSError.
     """
-    partial = path.with_name(path.name + ".tmp")
+    # a name of its own, because two ranks, or two evaluations, may write the same file
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
             file.write(data)

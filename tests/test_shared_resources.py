@@ -14,6 +14,7 @@ import eval_lincls
 import main_pcl
 from data import Images, build_datasets
 from runtime import checkpoint, distributed
+from runtime.directory import write_atomically
 
 
 @pytest.mark.parametrize("rank, expected", [(0, ["read", "wait"]), (1, ["wait", "read"])])
@@ -133,3 +134,18 @@ def test_an_older_checkpoint_does_not_go_on_with_the_keys_of_later_steps(
         torch.save({**saved, "features": saved["features"] * float("nan")}, file)
     log = run(*options, "--resume", older)  # with those keys, it would stop at the E-step
     assert len(log) == 3
+
+
+def test_two_processes_may_write_the_same_file_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "broken.txt"
+    fsync = os.fsync
+
+    def other_process_writes(_):
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        write_atomically(path, b"theirs")
+
+    monkeypatch.setattr(os, "fsync", other_process_writes)
+    write_atomically(path, b"ours")
+    assert path.read_bytes() == b"ours"
+    assert list(tmp_path.iterdir()) == [path]
