@@ -1,6 +1,7 @@
 """What ranks, loader workers and a run's own files must not take from each other."""
 
 import shutil
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
