@@ -1,7 +1,7 @@
 """What ranks, loader workers and a run's own files must not take from each other."""
 
-import shutil
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
