@@ -41,11 +41,11 @@ SMALL = 64  # up to this many pixels: no blur, and the plain view keeps the bord
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
 MEMORY = 4 << 30  # bytes that images in memory may take
 CHUNK = 1 << 20  # bytes of images that a process hands over at a time
-MANY = 8 << 20  # bytes of images; one process reads fewer in about a second
-ENOUGH = 4  # large JPEG files are read at a reduced size, but no less than this many views' sides
+MANY = 8 << 20  # bytes of images; below it, one process reads them all in about a second
+ENOUGH = 4  # large JPEG files are decoded smaller, but not below this many times the view's side
 SHOWN = 5  # broken images that an error names
-HEADERS = 1024  # images whose header tells whether there are any of more than 8 bits
-SAMPLED = 100  # of these, the images whose values are looked at
+HEADERS = 1024  # images whose headers are read, to find those of more than 8 bits
+SAMPLED = 100  # of those, images of each kind whose pixels are read
 DOWNLOADS = {
     "cifar10": tv_datasets.CIFAR10,
     "cifar100": tv_datasets.CIFAR100,
@@ -55,7 +55,7 @@ DOWNLOADS = {
 
 # -- suffixes, and names of folders ----------------------------------------------------------------
 SUFFIXES = (*tv_datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".pbm", ".pfm", ".pnm")
-SUFFIXES += (".avif", ".heic", ".heif")  # of these two kinds only if Pillow has the plug-in
+SUFFIXES += (".avif", ".heic", ".heif")  # only if Pillow has the plug-in
 PLUG_INS = {
     ".avif": " (a newer Pillow reads them)",
     ".heic": " (pip install pillow-heif to read them)",
@@ -462,7 +462,7 @@ def build_datasets(
             settings[name] = value
 
     # Decide how to read the images.
-    headers = {i: read_header(train, i) for i in spread(len(train), HEADERS)}
+    headers = {i: read_header(train, i) for i in evenly_spaced(len(train), HEADERS)}
     ranges, more_notes = find_ranges(train, headers)
     reading = {
         "ranges": ranges,
@@ -498,7 +498,7 @@ def build_datasets(
 
 def _median_size(files):
     """The median shorter side of up to 64 images of `files`, at most 224."""
-    probe = spread(len(files), 64)
+    probe = evenly_spaced(len(files), 64)
     headers = [read_header(files, i) for i in probe]
     sides = [min(header[0]) for header in headers if header is not None]
     if not sides:
@@ -510,7 +510,7 @@ def _warn_of_blank_images(source):
     """A note in a list if nearly all images of `source` are of one colour, else an empty list."""
     looked_at = 0
     blank = 0
-    for i in spread(len(source), 16):
+    for i in evenly_spaced(len(source), 16):
         with contextlib.suppress(DataError):
             extrema = source.read(i).getextrema()
             looked_at += 1
@@ -528,7 +528,7 @@ def _fingerprint(source):
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def spread(n, count):
+def evenly_spaced(n, count):
     """Up to `count` of the numbers 0 to n - 1, evenly spaced."""
     return np.linspace(0, n - 1, min(n, count)).astype(int).tolist()
 
@@ -574,7 +574,7 @@ class Source:
     def image(self, index):
         """Image `index`, or the one that takes its place.
 
-        Raises DataError if it cannot be read; with skip_broken, if that is so for more than 1 %.
+        Raises DataError if it cannot be read or, with skip_broken, if over 1 % of all cannot.
         """
         if not self.skip_broken:
             return self.read(index)
@@ -753,7 +753,7 @@ def find_ranges(files, headers):
     notes = []
     for kind, found in indices.items():
         samples = []
-        for i in [found[j] for j in spread(len(found), SAMPLED)]:
+        for i in [found[j] for j in evenly_spaced(len(found), SAMPLED)]:
             with contextlib.suppress(Exception), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 open_image = functools.partial(_open, files, i)

@@ -76,6 +76,7 @@ from runtime.distributed import get_rank_and_world, print_main
 
 EPOCHS = 100  # of the published probe
 DRAWS = 5  # random choices of few labels
+MAX_NAMED = 10  # broken images in a message
 IMBALANCED = 10  # times as many images in the largest class as in the smallest
 READ_FROM_RUNS = {"data": str, "image_size": int, "num_cluster": list}  # with their types
 RAW_SIDE = 32  # pixels; the raw-pixel baseline shrinks larger images to this side
@@ -597,6 +598,8 @@ def print_broken_images(datasets):
     names = []
     for source in datasets.sources:
         names += map(repr, source.broken_names())
+    if len(names) > MAX_NAMED:
+        names[MAX_NAMED:] = [f"and {len(names) - MAX_NAMED} more"]
     if names:
         print(f"left out, because they are broken: {', '.join(names)}")
 

@@ -78,7 +78,7 @@ AUGMENTATION = (  # flags that are also arguments of RandomView
     "blur",
     "flip",
 )
-MAY_DIFFER = ("data", "workers", "init", "config", "resume")  # arguments of a rank alone
+MAY_DIFFER = ("data", "workers", "init", "config", "resume")  # between ranks
 ANNOUNCED = (  # settings that are printed at the start
     "arch",
     "stem",

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from runtime import directory as run_directory
-from runtime.cli import fail
+from runtime.cli import fail, format_error
 from runtime.distributed import barrier, broadcast_object, get_rank_and_world, print_main
 
 # arguments that belong to one start of the program, not to the run
@@ -199,7 +199,8 @@ def holds_other_run(directory, path, overwrite):
 
     Ends the program in one line if it must stay.
     path: the checkpoint that the run continues from, or None. If it is in `directory`, the run
-        there is no other run. overwrite: remove it. A run without a step is removed in any case.
+        there is this one. overwrite: remove another run, instead of refusing to start. A run that
+        has taken no step is always removed.
     """
     latest = directory / "checkpoint.pth.tar"
     is_own = path is not None and path.resolve().parent == directory.resolve()
@@ -241,15 +242,13 @@ def restore(checkpoint, run, difference=None):
         run.model.load_state_dict(state)
         load_optimizer(run.optimizer, checkpoint["optimizer"])
         scaler_state = checkpoint.get("scaler")
-        if scaler_state:  # empty if the run's last part had none: then this one starts afresh
+        if scaler_state:  # empty if the run had none so far; then a new one is used
             run.scaler.load_state_dict(scaler_state)
         position["totals"] = with_loss(position["totals"])
         check_position(position, run)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        fail(
-            f"this run cannot continue from the checkpoint ({type(error).__name__}); "
-            "name another file"
-        )
+        reason = f"{type(error).__name__}: {format_error(error)[:200]}"
+        fail(f"this run cannot continue from the checkpoint ({reason}); name another file")
     vars(run).update(position)
     for name, (old, new) in changes.items():
         print_main(f"{name} {old} -> {new}")
@@ -332,7 +331,7 @@ LEFT_OUT = (
 
 
 class LeftOut:
-    """Stands for an object that is not read: it accepts all that a file says of it, keeps nothing.
+    """Stands for an object that is not read: it accepts any state and keeps none.
 
     Each class in LEFT_OUT has a subclass of its name, which is read in its place. The class itself
     is never called.

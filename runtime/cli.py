@@ -152,8 +152,8 @@ def int_list(text):
 def parse_args(parser, argv=None, find_stored=None):
     """The arguments of the command line.
 
-    They win over those of a --config, and these over the arguments of the run to continue.
-    find_stored: function that returns these, {name: value}, given the command line's arguments.
+    They win over those of a --config, which win over those of the run to continue.
+    find_stored: function that returns that run's arguments, {name: value}, given the command line's.
     """
     show_any_text()
     if argv is None:
@@ -306,8 +306,8 @@ class Progress(tqdm):
 def phase(title):
     """Context or decorator for work that may be long.
 
-    Where there is no terminal, it prints a line whenever there was none for EVERY seconds, so that
-    the program does not seem to hang.
+    Without a terminal, it prints a line after EVERY seconds of silence, so that the program does
+    not seem to hang.
     """
     begin = time.monotonic()
     finished = threading.Event()
@@ -404,7 +404,7 @@ def stop_at_once(again):
 
 
 def fail_for_memory(error):
-    """End the program for want of memory."""
+    """End the program because memory has run out."""
     text = format_error(error).partition("\\n")[0]
     advice = "lower --batch-size or --image-size"
     if "shared memory" in text:  # in which loader workers hand over images

@@ -18,7 +18,7 @@ is_interrupted = False
 def interrupt(*_):
     """Signal handler: say that the program ends and how to go on, and raise KeyboardInterrupt.
 
-    Where nothing would catch it, the program ends at once. A library may wait forever for a worker
+    If nothing would catch it, the program ends at once. A library may wait forever for a worker
     that Ctrl-C has ended too, so the program ends after PATIENCE seconds in any case.
     """
     global is_interrupted
