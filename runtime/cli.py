@@ -153,7 +153,7 @@ def parse_args(parser, argv=None, find_stored=None):
     """The arguments of the command line.
 
     They win over those of a --config, which win over those of the run to continue.
-    find_stored: function that returns that run's arguments, {name: value}, given the command line's.
+    find_stored: function of the command line's arguments; it returns that run's, {name: value}.
     """
     show_any_text()
     if argv is None:
