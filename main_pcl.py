@@ -1115,7 +1115,7 @@ def refuse_folder_of_data(data, directory):
     Its pictures would be read as images the next time. The same goes for a directory with the name
     of a data set, because a folder of that name is read in its place.
     """
-    if data not in (None, "", "digits") and Path(data).resolve() == directory.resolve():
+    if data not in (None, "", "digits") and Path(data).absolute() == directory.absolute():
         cli.fail(
             f"--exp-dir {directory} is also the data, and the run's pictures would be read as "
             "images; choose another --exp-dir"
