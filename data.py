@@ -264,10 +264,12 @@ class Datasets(NamedTuple):
 class Digits(list):
     """Some of the 1,797 handwritten digits of 8x8 pixels (UCI Optical Recognition, CC BY 4.0).
 
-    part: a slice of the 1,797.
+    part: a slice of the 1,797. Raises DataError if their file is not there.
     """
 
     def __init__(self, part):
+        if not DIGITS.exists():
+            raise DataError(f"the digits are not in {DIGITS}; name a folder of images")
         with np.load(DIGITS) as file:
             images = file["images"][part]
             self.targets = file["labels"][part]

@@ -177,3 +177,8 @@ def test_one_of_several_data_sets_can_be_named(folder, tmp_path, capsys):
         (tmp_path / fold).symlink_to(folder)
     error = fails(capsys, main_pcl.main, tmp_path)
     assert f"each folder in {tmp_path} has a part of training images; name one of the" in error
+
+
+def test_without_the_digits_a_folder_is_asked_for(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("data.DIGITS", tmp_path / "digits.npz")
+    assert "name a folder of images" in fails(capsys, main_pcl.main, *TINY)
