@@ -171,7 +171,31 @@ def test_defaults_follow_the_data(n, image_size, expected):
 def test_defaults_follow_the_optimizer():
     lamb = defaults(50_000, 32, "--optim", "lamb", "-b", "512")
     assert (lamb["lr"], lamb["wd"], lamb["temperature"]) == pytest.approx((0.04, 0.02, 0.1))
-    assert defaults(50_000, 32, "--optim", "lars")["lr_warmup"] == 10
+    decays = {"sgd": 5e-4, "adamw": 0.01, "lamb": 0.02, "lars": 1e-6}
+    found = {optim: defaults(50_000, 32, "--optim", optim)["wd"] for optim in decays}
+    assert found == decays
+
+
+@pytest.mark.parametrize(
+    "optim, n, image_size, epochs",
+    [
+        ("sgd", 5_000, 64, 10),
+        ("sgd", 4_999, 64, 0),
+        ("sgd", 5_000, 65, 0),
+        ("adamw", 4_999, 64, 10),
+        ("lars", 5_000, 65, 10),
+    ],
+)
+def test_the_rate_warms_up_except_for_sgd_with_large_images_or_few(optim, n, image_size, epochs):
+    assert defaults(n, image_size, "--optim", optim)["lr_warmup"] == epochs
+
+
+@pytest.mark.parametrize(
+    "epochs, schedule, knn_every", [(1, [1, 1], 1), (3, [1, 2], 1), (19, [11, 15], 1)]
+)
+def test_defaults_follow_the_epochs(epochs, schedule, knn_every):
+    found = defaults(1437, 8, "--epochs", str(epochs))
+    assert (found["schedule"], found["knn_every"]) == (schedule, knn_every)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +230,8 @@ def test_defaults_follow_the_number_of_processes():
     eight = defaults(1_281_167, 224, world=8)
     assert eight["batch_size"] == 256
     assert eight["bn_splits"] == 1  # 8 processes are 8 groups
+    two = defaults(1_281_167, 224, world=2)
+    assert two["bn_splits"] == 4  # groups in each
     three = defaults(1_281_167, 224, world=3)
     assert three["batch_size"] == 255
     assert three["bn_splits"] == 1

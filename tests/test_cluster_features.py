@@ -44,6 +44,18 @@ def test_concentration_follows_its_definition():
     np.testing.assert_allclose(concentration(distances, im2cluster, 10, 0.2), expected, rtol=1e-5)
 
 
+def test_a_cluster_is_a_point_if_its_extent_is_a_twentieth_of_the_usual():
+    """The usual extent is the 90th percentile, of ten clusters between the largest two: 9.1."""
+    extents = np.array([0.4, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+    phi = extents / math.log(3 + 10)  # of three samples each
+    for extent, is_point in ((0.46, False), (0.45, True)):  # 9.1 / 20 = 0.455
+        phi[0] = phi[-1] if is_point else extent / math.log(3 + 10)
+        clipped = phi.clip(*np.percentile(phi, [10, 90]))
+        extents[0] = extent
+        found = concentration(extents.repeat(3), np.arange(10).repeat(3), 10, 0.2)
+        np.testing.assert_allclose(found, 0.2 * clipped / clipped.mean(), rtol=1e-5)
+
+
 def test_samples_belong_to_the_nearest_centroid_and_prototypes_are_unit_rows():
     x = points(300)
     for clusters, k in zip(run_kmeans(x, [5, 12], 0.3), [5, 12], strict=True):
@@ -192,6 +204,24 @@ def test_features_are_loaded_in_data_set_order(tmp_path, batch_size, workers):
     np.testing.assert_array_equal(load_features(tmp_path, 23), 2 * data.rows)
     assert len(list(tmp_path.iterdir())) == math.ceil(23 / batch_size)
     assert (tmp_path / "batch_0_features.pt").exists()
+
+
+def test_a_pass_records_no_gradients_and_gives_float32(tmp_path):
+    layer = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    loader = DataLoader(Indexed(5), 2)
+    recorded = []
+
+    def model(x):
+        recorded.append(torch.is_grad_enabled())
+        return layer(x.bfloat16())
+
+    compute_features(loader, model, tmp_path)
+    features, _ = extract_features(loader, model)
+    assert recorded == 6 * [False]
+    assert features.dtype == torch.float32
+    saved = load_features(tmp_path, 5)
+    assert saved.dtype == np.float32
+    np.testing.assert_array_equal(saved, features)
 
 
 def test_features_may_stay_on_the_disk(tmp_path):

@@ -30,6 +30,15 @@ def all_of(images):
 # -- images
 
 
+def test_reading_an_image_leaves_the_random_numbers_of_the_caller(folder):
+    images = build_datasets(str(folder)).train
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    images[0]
+    assert torch.equal(torch.rand(3), expected)
+
+
 @pytest.mark.parametrize("image_size", [None, 6])
 def test_images_in_memory_equal_images_read_on_demand(folder, image_size):
     on_demand = build_datasets(str(folder), image_size)

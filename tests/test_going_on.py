@@ -336,6 +336,15 @@ def test_a_lock_that_another_machine_holds_names_the_holder(copy, no_flock, caps
     assert (copy / ".holder").read_text() == HOLDER
 
 
+def test_a_run_that_loses_its_lease_ends_at_once(monkeypatch, capsys):
+    """It would overwrite the files of the run that has taken its directory over."""
+    statuses = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    runtime.directory.end_after_loss(None)
+    assert statuses == [1]
+    assert "another run has its directory" in capsys.readouterr().err
+
+
 def test_a_holder_without_a_lease_says_how_to_take_over(copy, no_flock, capsys):
     """The run that holds the directory is on a machine where the kernel has locks."""
     (copy / ".holder").write_text(HOLDER)

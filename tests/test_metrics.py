@@ -13,6 +13,7 @@ import metrics
 from metrics import (
     accuracy_by_frequency,
     agreement,
+    default_k,
     draw_labels,
     knn_accuracy,
     linear_probe,
@@ -74,6 +75,13 @@ def test_knn_accuracy_uses_the_whole_bank_if_k_is_larger():
     labels = torch.arange(8) % 3
     whole_bank = knn_accuracy(bank, bank_labels, queries, labels, k=30)
     assert knn_accuracy(bank, bank_labels, queries, labels, k=99) == whole_bank
+
+
+@pytest.mark.parametrize(
+    ("m", "k"), [(1, 1), (99, 1), (100, 2), (1437, 28), (10_049, 200), (50_000, 200)]
+)
+def test_a_fiftieth_of_the_bank_votes_but_at_most_200(m, k):
+    assert default_k(m) == k
 
 
 def test_top_k_is_the_share_of_labels_among_the_k_highest_scores():

@@ -153,11 +153,11 @@ def test_momentum_update_follows_its_formula():
     assert torch.equal(queue, model.queue)
 
 
-@pytest.mark.parametrize("n", [1, 5, 16, 23])
-def test_queue_takes_any_batch_and_keeps_the_latest_keys(n):
+@pytest.mark.parametrize("sizes", [[1] * 7, [5] * 7, [16] * 7, [23] * 7, [23, 5, 7, 20, 3]])
+def test_queue_takes_any_batch_and_keeps_the_latest_keys(sizes):
     model = make_model(r=16)
     seen = []
-    for _ in range(7):
+    for n in sizes:
         k = torch.randn(n, 8)
         model.dequeue_and_enqueue(k)
         seen += k.tolist()
