@@ -49,7 +49,8 @@ def default_num_cluster(n):
 def run_kmeans(features, num_cluster, temperature, seed=0, niter=20, init=None):
     """Cluster `features` (M, D) once for each number in `num_cluster`.
 
-    features: array in memory or memory-mapped. Each iteration reads it once, from front to back.
+    features: array in memory or memory-mapped. With faiss, k-means itself uses at most 1000 K of
+        the samples, drawn at random.
     temperature: the mean of the concentrations.
     niter: number of k-means iterations.
     init: centroids to start from, one (K, D) per granularity, for example the prototypes of the

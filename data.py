@@ -564,7 +564,7 @@ class Source:
         self.skip_broken = skip_broken
         self.seed = seed
         self.classes = getattr(files, "classes", [])
-        self.samples = getattr(files, "samples", None)  # (path, label) of each, in a folder
+        self.paths = getattr(files, "paths", None)  # of the images in a folder
         labels = files.targets if hasattr(files, "targets") else files.labels
         self.labels = torch.as_tensor(labels).long()
         self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()
@@ -603,21 +603,21 @@ class Source:
 
     def name(self, index):
         """What to call image `index` in a message."""
-        if self.samples is None:
+        if self.paths is None:
             return f"image {index}"
-        return repr(self.samples[index][0])
+        return repr(self.paths[index])
 
     def names(self):
         """The files' names, relative to their folder; [] if the images are not in a folder."""
-        if self.samples is None:
+        if self.paths is None:
             return []
-        return [path.removeprefix(self.files.root).lstrip(os.sep) for path, _ in self.samples]
+        return [path.removeprefix(self.files.root).lstrip(os.sep) for path in self.paths]
 
     def broken_names(self):
         """The paths of the broken images, or what else to call them."""
         names = []
         for index in self.broken.nonzero()[:, 0].tolist():
-            names.append(self.name(index) if self.samples is None else self.samples[index][0])
+            names.append(self.name(index) if self.paths is None else self.paths[index])
         return names
 
     def too_many_broken(self):
@@ -850,21 +850,42 @@ def _read_values(image, open_image):
 class Folder:
     """Images in files: item i is (PIL image whose pixels are still to be read, label).
 
-    samples: (path, label) of each image. The label is its class's position in `classes`, or -1.
+    paths: the images' files.
+    labels: (n,) the position of each image's class in `classes`, or -1.
     """
 
-    def __init__(self, root, classes, samples):
+    def __init__(self, root, classes, paths, labels):
         self.root = str(root)
         self.classes = classes
-        self.samples = samples
-        self.targets = [label for _, label in samples]
+        self.paths = Paths(paths)
+        self.labels = np.array(labels, dtype=np.int64)
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.paths)
 
     def __getitem__(self, index):
-        path, label = self.samples[index]
-        return Image.open(path), label
+        return Image.open(self.paths[index]), int(self.labels[index])
+
+
+class Paths:
+    """A list of paths, packed into one text for the loader workers to share.
+
+    Each worker would end up with a copy of an ordinary list, because reading an object writes its
+    reference count, and that copies the memory it lies in (pytorch/pytorch#13246).
+    """
+
+    def __init__(self, paths):
+        encoded = [os.fsencode(path) for path in paths]
+        self.text = b"".join(encoded)
+        self.ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]  # raises IndexError after the last one
+        start, end = self.ends[index : index + 2]
+        return os.fsdecode(self.text[start:end])
 
 
 def read_root(root):
@@ -893,7 +914,7 @@ def read_root(root):
     else:
         train = _read_without_parts(branch, top, record)
         val = None
-    if not train.samples:
+    if not train.paths:
         left_out = record.left_out()
         if left_out:
             left_out = f" (left out: {left_out})"
@@ -1106,8 +1127,8 @@ def _with_classes_of(train, val, record):
     if missing:
         record.notes.append(f"{_count(missing, 'class', 'classes')} without held-out images")
     new_label = [train.classes.index(name) for name in val.classes]
-    samples = [(path, new_label[label]) for path, label in val.samples]
-    return Folder(val.root, train.classes, samples)
+    labels = [new_label[label] for label in val.labels]
+    return Folder(val.root, train.classes, val.paths, labels)
 
 
 def _read_without_parts(branch, top, record):
@@ -1153,15 +1174,18 @@ def _read_branch(branch, fewest, record):
                 advice = "you may not read it, or a folder in it: change their permissions"
             raise DataError(f"the class folder {child.path!r} has no images; {advice}")
     record.skipped["image beside the class folders"] += beside
-    samples = []
+    paths = []
+    labels = []
     for label, child in enumerate(full.values()):
-        samples += [(path, label) for path in child.paths()]
-    return Folder(branch.path, list(full), samples)
+        paths += child.paths()
+        labels += [label] * (len(paths) - len(labels))
+    return Folder(branch.path, list(full), paths, labels)
 
 
 def _unlabelled(branch):
     """All images of `branch`, without classes."""
-    return Folder(branch.path, [], [(path, -1) for path in sorted(branch.paths())])
+    paths = sorted(branch.paths())
+    return Folder(branch.path, [], paths, [-1] * len(paths))
 
 
 def _download(name, directory):

@@ -85,7 +85,7 @@ AGREEMENT = ("NMI", "AMI", "ARI", "acc")
 
 # what the map depends on, and what a figure depends on besides what its name says
 MAP_SETTINGS = ("weights", "data", "fingerprint", "training_images", "held_out", "size", "seed")
-SETTINGS = (*MAP_SETTINGS, "protocol", "batch_size")
+SETTINGS = (*MAP_SETTINGS, "protocol", "batch_size", "lr")
 
 
 def get_parser():
@@ -121,6 +121,13 @@ def get_parser():
         "and for the trained network alone; default: fast",
     )
     add(
+        "--lr",
+        "--learning-rate",
+        type=cli.positive_float,
+        default=30.0,
+        help="learning rate of --protocol moco; PCL's published probes had 5; default: MoCo's 30",
+    )
+    add(
         "--knn-k",
         type=cli.positive_int,
         nargs="+",
@@ -142,7 +149,7 @@ def get_parser():
         "--num-cluster",
         type=cli.int_list,
         help="numbers of clusters, comma-separated, to which the number of classes is added; "
-        "default: as in training",
+        "default: as in training, and none for weights from elsewhere",
     )
     add(
         "--export",
@@ -189,9 +196,8 @@ def get_parser():
     add(
         "--baselines",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also evaluate an untrained network, or the one in --init, and raw pixels; with "
-        "--protocol fast, --no-baselines is three times as fast",
+        help="also evaluate an untrained network, or the one in --init, and raw pixels; it takes "
+        "three times as long; default: on with --protocol fast, off with moco",
     )
     add(
         "--seed",
@@ -343,6 +349,8 @@ def prepare(path, args, device, built):
     n = len(datasets.train)
     args = argparse.Namespace(**vars(args))
     args.num_cluster = choose_num_cluster(args.num_cluster, stored.get("num_cluster"), datasets)
+    if args.baselines is None:
+        args.baselines = args.protocol == "fast"
     labelled = int((datasets.plain.labels >= 0).sum())  # the images that vote
     args.knn_k = [min(k, labelled) for k in args.knn_k or [default_k(labelled)]]
     if args.workers is None:
@@ -387,6 +395,7 @@ def prepare(path, args, device, built):
         "size": datasets.image_size,
         "protocol": args.protocol,
         "batch_size": args.batch_size if args.protocol == "moco" else None,
+        "lr": args.lr if args.protocol == "moco" else None,
         "seed": args.seed,
     }
     identities = {}
@@ -488,14 +497,16 @@ def choose_num_cluster(given, stored, datasets):
 
     given: --num-cluster or None; too large a number ends the program in one line.
     stored: the run's own or None; they are replaced if this data set is too small for them.
+    Of weights from elsewhere, the number of classes is enough: thousands of clusters of features
+    as wide as ResNet-50's take hours.
     """
     n = len(datasets.train)
     if given and max(given) > n:
         cli.fail(
             f"{max(given)} clusters are more than the {n} training images; lower --num-cluster"
         )
-    num_cluster = given or stored or default_num_cluster(n)
-    if max(num_cluster) > n:
+    num_cluster = given or stored or []
+    if max(num_cluster, default=0) > n or not (num_cluster or datasets.has_labels):
         num_cluster = default_num_cluster(n)
     if datasets.has_labels:
         num_cluster = [*num_cluster, one_per_class(datasets)]
@@ -624,7 +635,7 @@ def measure(row, network, subject, device):
     if args.protocol == "moco" and row == "trained" and datasets.labelled:
         file = result_file(subject.path, args, "probe.pth.tar")
         key = [subject.path.stat().st_mtime_ns, datasets.fingerprint, datasets.image_size]
-        store = ProbeStore(file, [*key, args.batch_size, args.seed])
+        store = ProbeStore(file, [*key, args.batch_size, args.lr, args.seed])
         scores = published_probe(network, val, datasets, store, args)
     if get_rank_and_world()[0] > 0:
         return {}, val, []
@@ -738,7 +749,7 @@ class ProbeStore:
         """The state to continue from on every rank, or None."""
         state = None
         if get_rank_and_world()[0] == 0 and self.path.is_file():
-            state = checkpoint.read(self.path)
+            state = checkpoint.read(self.path, advice="remove it, and the probe starts again")
         state = distributed.broadcast_object(state)
         if state is None or state.get("key") != self.key:
             return None
@@ -759,7 +770,8 @@ def published_probe(network, val, datasets, store, args):
     rank, world = get_rank_and_world()
     view = linear_view(datasets.image_size, datasets.augmentation["flip"])
     images = Images(datasets.plain.source, view, args.seed)
-    labelled = (datasets.plain.labels >= 0).nonzero()[:, 0]
+    labels = datasets.plain.labels
+    labelled = (labels >= 0).nonzero()[:, 0]
     batch_size = min(args.batch_size, len(labelled)) // world * world
     sampler = EpochSampler(len(labelled), batch_size, args.seed, rank, world)
 
@@ -772,10 +784,10 @@ def published_probe(network, val, datasets, store, args):
         for views, index in bar:
             with torch.no_grad():
                 features = network(normalize(views.to(val.device)))
-            yield features, images.labels[index].to(val.device)
+            yield features, labels[index].to(val.device)
 
     torch.manual_seed(args.seed)
-    return linear_probe(batches, val, len(datasets.classes), epochs=EPOCHS, store=store)
+    return linear_probe(batches, val, len(datasets.classes), args.lr, EPOCHS, store)
 
 
 def agreements(levels, val, datasets):

@@ -56,16 +56,19 @@ def extract_features(loader, model, device="cpu"):
         output = model(images.to(device, non_blocking=True)).float()
         features.append(output.to("cpu", copy=True))
         indices.append(torch.as_tensor(index).clone())
+    # Each step below frees what the last one made: features of millions of images take gigabytes.
+    features = torch.cat(features)
+    index = torch.cat(indices)
 
     # Gather the shares of all ranks.
-    own_share = (torch.cat(features), torch.cat(indices))
-    shares = [own_share] * world
     if world > 1:
-        dist.all_gather_object(shares, own_share)
+        shares = [None] * world
+        dist.all_gather_object(shares, (features, index))
+        features = torch.cat([share[0] for share in shares])
+        index = torch.cat([share[1] for share in shares])
+        del shares
 
     # Sort the samples by their position in the data set.
-    features = torch.cat([share[0] for share in shares])
-    index = torch.cat([share[1] for share in shares])
     order = index.argsort()
     return features[order], index[order]
 

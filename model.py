@@ -39,7 +39,7 @@ class MoCo(nn.Module):
     base_encoder: callable (num_classes=, norm_layer=) -> module whose last layer is `.fc`.
     dim: D, dimension of the features. r: R, queue length. m: momentum of the key encoder.
     mlp: whether the heads a and ã have a hidden layer.
-    cluster_head: "none", PCL as published; "report", head b of the lab report in results/README.md:
+    cluster_head: "none", as in PCL; "report", head b of the lab report in results/README.md:
         one Linear and ReLU on the keys, whose output replaces them in InfoNCE, in the queue and in
         the features to cluster.
     bn_splits: groups of this process's batch with their own batch-norm statistics, if the encoder's

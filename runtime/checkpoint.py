@@ -352,12 +352,12 @@ class LeftOut:
 STAND_INS = [LeftOut.in_place_of(name) for name in LEFT_OUT]
 
 
-def read(path):
+def read(path, advice="name another file"):
     """The dict in the file `path`. Only tensors and plain values are read; no code is run.
 
     Objects of the classes in LEFT_OUT are left out.
     Ends the program in one line, with exit status 2, if there is no such dict, or if a tensor
-    claims more values than the file holds.
+    claims more values than the file holds. advice: what to do then.
     """
     refuse_missing(path)
     try:
@@ -379,7 +379,7 @@ def read(path):
                 f"{path} holds more than tensors: {code[1]}, which is not read; save its "
                 "state_dict alone to a file"
             )
-        fail(f"{path} is truncated or not a checkpoint ({type(error).__name__}); name another file")
+        fail(f"{path} is truncated or not a checkpoint ({type(error).__name__}); {advice}")
     if not isinstance(checkpoint, dict):
         fail(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     return {key: value for key, value in checkpoint.items() if not isinstance(value, LeftOut)}

@@ -45,7 +45,7 @@ FOREIGN = (  # flags of similar projects, and what to use here: a flag or a sent
     (("--init", "--weights", "--checkpoint", "--ckpt"), "--pretrained"),
     (("-a", "--arch"), "the checkpoint says which network it is"),
     (
-        ("--lr", "--learning-rate", "--schedule", "--epochs", "--wd", "--weight-decay"),
+        ("--schedule", "--epochs", "--wd", "--weight-decay"),
         "the probes have settings of their own; --protocol moco is the published one",
     ),
     (("--moco-dim", "--dim", "--feat-dim", "--feature-dim"), "--low-dim"),
@@ -127,6 +127,14 @@ nonnegative_int = bounded(int, 0, 2**31)
 positive_float = bounded(float, 0, 10**9, above_low=True)
 image_side = bounded(int, 1, 10_000)  # pixels; Pillow warns of larger images
 num_workers = bounded(int, 0, 513)  # each is a process; few machines have as many cores
+
+
+def fraction(text):
+    """An argparse type for a part of a whole."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
+    return value
 
 
 def amount(text):

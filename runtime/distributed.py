@@ -195,10 +195,10 @@ def refuse_other_images(sources, image_size):
         names = source.names() or [f"image {i}" for i in range(len(source))]
         labels = source.labels.tolist()
         found = [f"{name}, label {label}" for name, label in zip(names, labels, strict=True)]
-        if source.samples is not None:
+        if source.paths is not None:
             for i in range(0, len(found), math.ceil(len(found) / SIZES)):
                 with contextlib.suppress(OSError):
-                    found[i] += f", {os.path.getsize(source.samples[i][0])} bytes"
+                    found[i] += f", {os.path.getsize(source.paths[i])} bytes"
         facts += [*found, "no further image"]
     facts.append(f"views of {image_size} pixels")
     refuse_difference("other images", facts)
@@ -246,7 +246,9 @@ def data_parallel(model, unused=()):
     if next(model.parameters()).is_cuda:
         device_ids = [torch.cuda.current_device()]
     parallel = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
-    parallel.broadcast_buffers = False  # main_pcl.py broadcasts them once per epoch
+    # Set here, because the constructor with this option would not make the buffers of all ranks
+    # equal at the start. main_pcl.py broadcasts them once per epoch.
+    parallel.broadcast_buffers = False
     return parallel
 
 

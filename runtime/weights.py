@@ -181,7 +181,10 @@ def load_backbone(encoder, found, path, advice=""):
 
 
 def refuse_misfits(encoder, found, path, advice=""):
-    """End the program in one line, which ends in `advice`, if a Found does not fit `encoder`."""
+    """End the program in one line, which ends in `advice`, if a Found does not fit `encoder`.
+
+    Weights that are not finite fit no encoder.
+    """
     own = state_without_fc(encoder)
     wrong = []
     for name in {**own, **found.state}:
@@ -194,6 +197,8 @@ def refuse_misfits(encoder, found, path, advice=""):
         elif found.state[name].shape != own[name].shape:
             shapes = [list(tensor.shape) for tensor in (found.state[name], own[name])]
             wrong.append(f"{shown} is {shapes[0]}, not {shapes[1]}")
+        elif not found.state[name].isfinite().all():
+            wrong.append(f"{shown} is not finite")
     if wrong:
         message = f"{path} does not hold the weights of a {found.arch}: {', '.join(wrong[:3])}"
         fail(format_error(message + advice))

@@ -323,7 +323,6 @@ def test_a_short_loop_without_a_terminal_shows_no_progress(capsys):
 
 
 # -- what is refused -------------------------------------------------------------------------------
-@pytest.mark.filterwarnings("ignore:Scale and ratio")
 @pytest.mark.parametrize(
     "args, message",
     [

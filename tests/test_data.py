@@ -1,6 +1,8 @@
 """Images in memory and read on demand, what a view depends on, the order of an epoch."""
 
+import os
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from data import (
     identity_collate,
     load_into_memory,
 )
+from main_pcl import make_loader
 from runtime.distributed import ignore_stop_signals
 
 
@@ -28,6 +31,28 @@ def all_of(images):
 
 
 # -- images
+
+
+def test_a_folder_finds_files_of_any_name(tmp_path):
+    names = ["a.png", "ä and 漢.png", os.fsdecode(b"not \xff utf-8.png"), "z" * 200 + ".png"]
+    paths = [str(tmp_path / name) for name in names]
+    for i, path in enumerate(paths):
+        picture(seed=i).save(path)
+    files = data.Folder(tmp_path, ["x", "y"], paths, [0, 1, -1, 1])
+    assert list(files.paths) == paths
+    assert files.paths[-1] == paths[3]
+    with pytest.raises(IndexError):
+        files.paths[4]
+    for i, (image, label) in enumerate(files):
+        assert image.tobytes() == picture(seed=i).tobytes()
+        assert label == [0, 1, -1, 1][i]
+
+
+def test_loaders_start_no_more_workers_than_they_have_batches(folder):
+    args = Namespace(workers=2, device="cpu")
+    images = build_datasets(str(folder)).plain
+    started = {n: make_loader(images, range(n), 4, args).num_workers for n in (0, 1, 4, 5, 24)}
+    assert started == {0: 0, 1: 1, 4: 1, 5: 2, 24: 2}
 
 
 def test_reading_an_image_leaves_the_random_numbers_of_the_caller(folder):

@@ -490,13 +490,52 @@ def test_features_that_are_not_finite_name_their_image(finished, folder, capsys,
     stored = torch.load(finished / "checkpoint.pth.tar", weights_only=True)
     for name, value in stored["state_dict"].items():
         if name.endswith("encoder_q.bn1.weight"):
-            value.fill_(torch.nan)
+            value.fill_(3e38)  # a finite weight, whose products are not
     torch.save(stored, finished / "checkpoint.pth.tar")
     line = fails(capsys, eval_lincls.main, "--exp-dir", str(finished), *FAST)
     assert f"the features of '{folder}/train/class 0/0.png' are not finite" in line
 
 
+# -- the published probe ---------------------------------------------------------------------------
+def test_the_published_probe_starts_again_at_another_rate(finished, monkeypatch):
+    monkeypatch.setattr(eval_lincls, "EPOCHS", 2)
+    rates = []
+    save = runtime.checkpoint.save_tensors
+
+    def record(path, state):
+        rates.append(state["optimizer"]["param_groups"][0]["lr"])
+        save(path, state)
+
+    monkeypatch.setattr(runtime.checkpoint, "save_tensors", record)
+    options = ["--exp-dir", finished, "--protocol", "moco", "-b", 16, "--num-cluster", 4]
+    table = evaluate(*options)
+    assert list(table) == ["trained"]  # baselines are measured only on demand
+    evaluate(*options, "--lr", 5)
+    evaluate(*options, "--lr", 5)  # goes on from the end of the last one
+    assert rates == [30, 30, 5, 5]
+    results = [read(finished / "eval.json"), *read(finished / "eval.json")["earlier"]]
+    assert [result["lr"] for result in results if result["protocol"] == "moco"] == [5, 30]
+
+
+def test_a_damaged_probe_says_what_to_remove(finished, capsys, monkeypatch):
+    monkeypatch.setattr(eval_lincls, "EPOCHS", 1)
+    (finished / "probe.pth.tar").write_bytes(b"PK")
+    line = fails(capsys, eval_lincls.main, "--exp-dir", str(finished), *FAST, "--protocol", "moco")
+    assert f"{finished / 'probe.pth.tar'} is truncated" in line
+    assert "remove it, and the probe starts again" in line
+
+
 # -- checkpoints of other trainers -----------------------------------------------------------------
+def test_weights_from_elsewhere_get_a_cluster_per_class_alone(folder, tmp_path):
+    """Clusters as numerous as in training take hours on features of ImageNet."""
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet.pth")
+    options = [folder, "--pretrained", tmp_path / "resnet.pth", "--no-baselines"]
+    figures = evaluate(*options)["trained"]
+    assert {name for name in figures if name.startswith("NMI")} == {"NMI 3", "NMI 3 held out"}
+    figures = evaluate(*options, "--num-cluster", 5)["trained"]
+    assert "NMI 5" in figures
+
+
 class Hostile:
     """Pickles as a call of `function`."""
 

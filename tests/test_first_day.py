@@ -77,7 +77,7 @@ def test_a_flag_of_other_projects_gets_advice_that_works(capsys, monkeypatch, wo
         (["--checkpoint", "x"], "did you mean --pretrained?"),
         (["--init", "x"], "did you mean --pretrained?"),
         (["-a", "resnet50"], "the checkpoint says which network it is"),
-        (["--lr", "5"], "--protocol moco is the published one"),
+        (["--schedule", "60"], "--protocol moco is the published one"),
     ],
 )
 def test_a_flag_of_training_or_of_another_evaluation_gets_advice(capsys, words, advice):

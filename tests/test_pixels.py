@@ -411,7 +411,7 @@ def peak():
 for path in sys.argv[1:]:
     if os.fork() == 0:  # a process of its own for each image, because a peak only rises
         before = peak()
-        images = data.Images(data.Folder("", [], [(path, -1)]), data.plain_view(224))
+        images = data.Images(data.Folder("", [], [path], [-1]), data.plain_view(224))
         assert images[0][0].shape == (3, 224, 224)
         print(peak() - before, flush=True)
         os._exit(0)

@@ -95,7 +95,7 @@ def test_sixteen_bit_images_keep_their_shades(tmp_path, kind, suffix):
     make_folder(tmp_path, images, copies=1)
     plain = build_datasets(str(tmp_path), 8).plain
     shades = {}
-    for i, (path, _) in enumerate(plain.source.samples):
+    for i, path in enumerate(plain.source.paths):
         shades[Path(path).name] = plain.image(i).getpixel((0, 0))
     for value, shade in expected.items():
         assert shades[f"{value}0.{suffix}"] == (shade, shade, shade)

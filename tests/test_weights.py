@@ -198,6 +198,14 @@ def test_weights_that_do_not_fit_change_nothing(capsys, sides):
     assert_same(encoder.state_dict(), before)
 
 
+def test_weights_that_are_not_finite_are_refused(capsys, sides):
+    state = dict(sides[0].state_dict())
+    state["layer2.0.conv1.weight"] = torch.full_like(state["layer2.0.conv1.weight"], torch.nan)
+    found = find_resnet(state, "file.pth")
+    line = fails(capsys, lambda _: load_backbone(build_encoder("resnet18"), found, "file.pth"))
+    assert "weights of a resnet18: layer2.0.conv1.weight is not finite" in line
+
+
 # -- export
 
 ARCHS = [("resnet18", False), ("resnet18_w16", True)]
