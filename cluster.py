@@ -166,14 +166,14 @@ def _torch_kmeans(features, k, niter, seed, start, device="cuda"):
         size = torch.zeros(k, dtype=torch.long, device=device)
         for x, _, number in _nearest(features, centroids):
             sums.index_add_(0, number, x)
-            size += number.bincount(minlength=k)
+            size.index_add_(0, number, torch.ones_like(number))  # bincount waits for the GPU
         centroids = sums / size.clamp(min=1)[:, None]
 
         # Fill each empty cluster with half of another one, much as faiss does. Large clusters are
         # more likely to be split. Halves of the same one coincide until later iterations.
         empty = (size == 0).nonzero()[:, 0]
-        chances = (size.cpu().numpy() - 1).clip(0).astype(float)
         if len(empty) > 0:  # then another cluster has two samples or more
+            chances = (size.cpu().numpy() - 1).clip(0).astype(float)
             split = rng.choice(k, len(empty), p=chances / chances.sum())
             split = torch.from_numpy(split).to(device)
             centroids[empty] = centroids[split] * (1 + 2**-10)

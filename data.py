@@ -1171,7 +1171,7 @@ def _read_branch(branch, fewest, record):
         if fewest == 1 and not child.count:
             advice = "remove it"
             if not child.is_readable:
-                advice = "you may not read it, or a folder in it: change their permissions"
+                advice = "it, or a folder in it, cannot be read: look at their permissions"
             raise DataError(f"the class folder {child.path!r} has no images; {advice}")
     record.skipped["image beside the class folders"] += beside
     paths = []

@@ -20,6 +20,7 @@ Then `python eval_lincls.py` measures the features.
 
 import runtime.start  # isort: skip  # noqa: F401  # first: Ctrl-C during the slow imports
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -57,7 +58,14 @@ from loss import info_nce, proto_nce
 from metrics import effective_rank, knn_accuracy, moments, spread
 from model import MoCo, backbone, build_encoder, capture_encoders, compile_encoders, is_timm
 from runtime import checkpoint, cli, distributed, image_files, report, weights
-from runtime.directory import check_writable, choose_directory, lock, remove_features, write_args
+from runtime.directory import (
+    check_writable,
+    choose_directory,
+    holds_foreign_files,
+    lock,
+    remove_features,
+    write_args,
+)
 from runtime.distributed import get_rank_and_world, print_main
 
 SYNC_EVERY = 20  # read the results of so many steps at once: the host waits for the device then
@@ -1075,7 +1083,7 @@ def build_and_train(args):
     check(args, len(datasets.train), world)
     with (
         cli.phase("reading images"),
-        image_files.broken_images_listed(directory, datasets, DataError),
+        image_files.broken_images_listed(directory, datasets, DataError, is_held=False),
     ):
         datasets = load_into_memory(datasets, device, args.workers)
 
@@ -1110,14 +1118,20 @@ def build_and_train(args):
 def refuse_folder_of_data(data, directory):
     """End the program in one line if a run in `directory` would write among its own images.
 
-    Its pictures would be read as images the next time. The same goes for a directory with the name
-    of a data set, because a folder of that name is read in its place.
+    Its pictures would be read as images the next time or, in a folder of a part or a class, all
+    images in it would be left out. The same goes for a directory with the name of a data set,
+    because a folder of that name is read in its place.
     """
-    if data not in (None, "", "digits") and Path(data).absolute() == directory.absolute():
-        cli.fail(
-            f"--exp-dir {directory} is also the data, and the run's pictures would be read as "
-            "images; choose another --exp-dir"
-        )
+    if data in (None, "", "digits"):
+        return
+    with contextlib.suppress(ValueError):  # no file can have such a name
+        folder = Path(data).resolve()
+        place = directory.resolve()
+        if place == folder or (folder in place.parents and holds_foreign_files(place)):
+            cli.fail(
+                f"--exp-dir {directory} is also a folder of the data, whose images a run would mix "
+                "with its pictures; choose another --exp-dir"
+            )
 
 
 def refuse_other_arguments(args):

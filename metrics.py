@@ -211,7 +211,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=None, temperature=0.1):
     bank: (M, D) and queries: (n, D), features of any norm.
     bank_labels: (M,) and labels: (n,), their classes, int64.
     k: number of neighbours; all M if there are fewer. None: default_k(M).
-    Raises ValueError if there are no features on either side.
+    Raises ValueError if there are no features on either side, or if k is below 1.
     """
     if len(bank) == 0 or len(queries) == 0:
         raise ValueError(
@@ -220,6 +220,8 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=None, temperature=0.1):
         )
     if k is None:
         k = default_k(len(bank))
+    if k < 1:
+        raise ValueError(f"{k} neighbours cannot vote")
     k = min(len(bank), k)
 
     bank = F.normalize(bank.float(), dim=1)

@@ -133,7 +133,7 @@ def resume(directory, run, compare_images=None):
         difference = functools.partial(compare_images, path.parent) if compare_images else None
         loaded = read(path)
         if "run" not in loaded:
-            fail(f"{path} holds no run to continue; to start from its weights, name it with --init")
+            fail(f"{path} holds no run to continue; if it holds weights, name it with --init")
         changes = restore(loaded, run, difference)
         barrier()  # until all ranks have read the file, because the first one soon replaces it
         print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
@@ -145,9 +145,8 @@ def resume(directory, run, compare_images=None):
     elif is_first_rank:
         if has_other:
             run_directory.clear(directory)  # only now, because the checkpoint fits
-        if path not in (None, latest):
-            if path.resolve() != latest.resolve():
-                run_directory.remove_features(directory)  # keys of steps that `run` has not taken
+        if path is not None and path.resolve() != latest.resolve():
+            run_directory.remove_features(directory)  # keys of steps that `run` has not taken
             save(directory, run)  # a restart continues from here, not from a later checkpoint
         run_directory.mark_begun(directory)
     return changes

@@ -146,7 +146,7 @@ def amount(text):
 
 
 def path(text):
-    """An argparse type for the name of a file or folder. An unset variable of a shell is none."""
+    """An argparse type for the name of a file or folder: not "", a shell's unset variable."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; name one, or leave the flag out")
     return text
@@ -399,7 +399,10 @@ def fail_if_foreseeable(error, data_error, again):
     if any(sign in signs for sign in OUT_OF_MEMORY):
         fail_for_memory(error)
     if WORKER_IS_GONE in signs:
-        fail(f"{text}; if the system was short of memory, give fewer --workers; {again}", 1)
+        fail(
+            f"{text.rstrip('. ')}; {again}, with fewer --workers if the system was short of memory",
+            1,
+        )
     if dist.is_initialized() and any(sign in signs for sign in PEER_IS_GONE):
         fail(f"another process of this run has ended ({text}); {again}", 1)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fnmatch
 import json
 import os
 import platform
@@ -85,7 +86,20 @@ def choose_directory(exp_dir, resume):
 
 def is_failed_start(directory):
     """Whether `directory` holds nothing but the list of the broken images that ended a start."""
-    return directory.is_dir() and os.listdir(directory) == ["broken.txt"]
+    with contextlib.suppress(OSError):  # not a folder, or one that may not be read
+        return os.listdir(directory) == ["broken.txt"]
+    return False
+
+
+def holds_foreign_files(directory):
+    """Whether `directory` holds no run, but files or folders that no run would leave."""
+    if not directory.is_dir() or (directory / "checkpoint.pth.tar").exists():
+        return False
+    for path in directory.iterdir():
+        is_own = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in FILES_OF_RUN)
+        if not is_own and not path.name.startswith("."):
+            return True
+    return False
 
 
 def is_restart(directory):
@@ -143,9 +157,7 @@ def lock(directory):
     try:
         directory.mkdir(parents=True, exist_ok=True)
         held = acquire(directory, holder)
-        for pattern in FILES_OF_RUN:
-            for partial in directory.glob(f"{pattern}.*tmp"):  # a kill has left it half written
-                partial.unlink()
+        remove_partial(directory, FILES_OF_RUN)
         write_atomically(holder, describe_this_process().encode())
     except filelock.Timeout:
         fail(
@@ -265,10 +277,22 @@ def read_holder(path):
 
 def clear(directory):
     """Remove the files of an earlier run from `directory`; other files stay."""
-    for pattern in (*FILES_OF_RUN, *FILES_OF_EVALUATION):
+    names = (*FILES_OF_RUN, *FILES_OF_EVALUATION)
+    for pattern in names:
         for path in directory.glob(pattern):
             path.unlink()
+    remove_partial(directory, names)
     remove_features(directory)
+
+
+def remove_partial(directory, names):
+    """Remove what `write_atomically` has left half written when it was killed.
+
+    names: patterns of the files that were to be written.
+    """
+    for pattern in names:
+        for partial in directory.glob(f"{pattern}.*.tmp"):
+            partial.unlink()
 
 
 def remove_features(directory):
@@ -281,8 +305,9 @@ def write_atomically(path, data):
 
     If the process dies or the disk is full, `path` keeps its old content. Raises OSError.
     """
-    # a name of its own, because two ranks, or two evaluations, may write the same file
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # a name of its own, because two ranks, or two evaluations, may write the same file; not the
+    # process's number, which processes on two nodes may share
+    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with open(partial, "wb") as file:
             file.write(data)

@@ -22,6 +22,7 @@ STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
 if hasattr(signal, "SIGUSR1"):  # not on Windows
     STOP_SIGNALS.append(signal.SIGUSR1)  # SLURM sends it before a job's time is up
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by `torchrun --max-restarts`
+RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets beside RANK
 JOIN = 300  # seconds for all processes to start and to find each other
 PATIENCE = timedelta(hours=2)  # for a process that is late, for example because it downloads
 SIZES = 1000  # image files whose sizes are compared between ranks
@@ -40,8 +41,15 @@ def init_distributed():
     if "RANK" not in os.environ:
         return device
 
+    missing = [name for name in RENDEZVOUS if name not in os.environ]
+    if missing:
+        fail(
+            f"RANK is set, but {' and '.join(missing)} not; start with torchrun, or unset RANK to "
+            "use one process"
+        )
+
     # on one machine, listen on the loopback device only
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
@@ -63,9 +71,9 @@ def init_distributed():
 def wait_for_launcher():
     """Wait until torchrun's address accepts connections. Ends the program if it never does."""
     hosts_it = os.environ["RANK"] == "0" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
-    if hosts_it or "MASTER_ADDR" not in os.environ:
+    if hosts_it:
         return
-    address = (os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT"))
+    address = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
     deadline = time.time() + JOIN
     while True:
         try:

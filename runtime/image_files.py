@@ -14,17 +14,20 @@ SHOWN = 3  # names in a message
 
 # -- broken images ---------------------------------------------------------------------------------
 @contextlib.contextmanager
-def broken_images_listed(directory, datasets, data_error, known=0):
+def broken_images_listed(directory, datasets, data_error, known=0, is_held=True):
     """Context that reads images. The broken ones among them are listed in broken.txt.
 
     data_error: the type of the error for images that cannot be read; it then names the list.
     known: how many broken images have been announced already.
+    is_held: whether the run has locked its directory. Before that, another run's list is left as it
+        is, and without an error this run's is left to `renew_list`.
     """
     try:
         yield
-        share_broken_images(directory, datasets)
+        share_broken_images(directory, datasets, is_held)
     except data_error as error:
-        if datasets.num_broken() == 0:
+        is_ours = is_held or not (directory / "checkpoint.pth.tar").exists()
+        if datasets.num_broken() == 0 or not is_ours:
             raise
         list_broken_images(directory, datasets)
         text = str(error).rstrip()
@@ -34,19 +37,19 @@ def broken_images_listed(directory, datasets, data_error, known=0):
         print_main(f"images left out because they are broken: {found}, see {directory}/broken.txt")
 
 
-def share_broken_images(directory, datasets):
-    """Let every rank know which images any rank has found broken, and list them."""
+def share_broken_images(directory, datasets, is_held=True):
+    """Let every rank know which images any rank has found broken. List them if `is_held`."""
     for source in datasets.sources:
         set_where_any_rank_has(source.broken)
-    if get_rank_and_world()[0] == 0 and datasets.num_broken() > 0:
+    if is_held and get_rank_and_world()[0] == 0 and datasets.num_broken() > 0:
         list_broken_images(directory, datasets)
 
 
 def renew_list(directory, datasets, is_new):
     """Let broken.txt in a run's directory be this run's, on the first rank.
 
-    The images were read before the directory was this run's: --overwrite has removed the list, or
-    a start that failed has left its own. is_new: whether the run begins here.
+    The images were read before the directory was this run's, so they are not listed yet, and a
+    start that failed may have left its own list. is_new: whether the run begins here.
     """
     if get_rank_and_world()[0] > 0:
         return

@@ -180,7 +180,7 @@ def test_an_unfinished_epoch_without_moments_gets_one_line(
     torch.save(checkpoint, path)
     capsys.readouterr()
     error = fails(capsys, main_pcl.main, "--exp-dir", tmp_path, "--resume")
-    assert "cannot continue from the checkpoint" in error
+    assert "cannot continue from the checkpoint (ValueError: totals)" in error
 
 
 # -- the warning

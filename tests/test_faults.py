@@ -181,13 +181,33 @@ def test_ten_kills_change_nothing(folder, tmp_path, whole):
     check_and_remove_finished_run()
 
 
-def test_what_a_kill_leaves_half_written_is_removed(folder, tmp_path):
+def leave_half_written(path, monkeypatch):
+    """Die while `path` is written."""
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.directory.write_atomically(path, b"half")
+
+
+def test_what_a_kill_leaves_half_written_is_removed(folder, tmp_path, monkeypatch):
     """Even if the run is finished, so that nothing is written any more. Other files stay."""
     run(folder, *SMALL, "--epochs", 1, "--exp-dir", tmp_path)
-    for name in ("curves.png.tmp", "checkpoint_0000.pth.tar.tmp", "notes.tmp"):
-        (tmp_path / name).write_text("half")
+    others = {"notes.tmp", "log.csv.mytmp"}
+    for path in (tmp_path / "curves.png", tmp_path / "checkpoint_0000.pth.tar"):
+        leave_half_written(path, monkeypatch)
+    for name in others:
+        (tmp_path / name).write_text("")
+    assert len(list(tmp_path.glob("*tmp"))) == 4
     run(folder, *SMALL, "--epochs", 1, "--exp-dir", tmp_path, "--resume")
-    assert [path.name for path in tmp_path.glob("*.tmp")] == ["notes.tmp"]
+    assert {path.name for path in tmp_path.glob("*tmp")} == others
+
+    leave_half_written(tmp_path / "eval.json", monkeypatch)
+    run(folder, *SMALL, "--epochs", 1, "--exp-dir", tmp_path, "--overwrite")
+    assert {path.name for path in tmp_path.glob("*tmp")} == others
 
 
 # -- signals ---------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Messages: what a user is told is true, and the advice in it is the right one."""
 
+import argparse
 import errno
 import os
 import shutil
@@ -15,7 +16,7 @@ import eval_lincls
 import main_pcl
 from data import DataError, Images
 from model import build_encoder
-from runtime import cli
+from runtime import cli, image_files
 from runtime.directory import choose_directory
 
 
@@ -48,6 +49,49 @@ def test_the_list_of_broken_images_is_that_of_the_run(tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit, match="7"):
         run(*options, "--skip-broken", "--overwrite")
     assert (tmp_path / "run" / "broken.txt").read_text() == f"{broken}\n"
+
+
+def test_a_start_that_is_refused_leaves_another_runs_list(tmp_path, capsys):
+    """Whether its broken images end it, or only the run that is there."""
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+        for i in range(20):
+            picture(12, 12, seed=i).save(tmp_path / part / f"{i:02d}.png")
+        (tmp_path / part / "07.png").write_bytes(b"")
+    options = [*TINY, "--epochs", 1, "--exp-dir", tmp_path / "run"]
+    run(tmp_path / "a", *options, "--skip-broken")
+    for flags in ([], ["--skip-broken"]):
+        fails(capsys, main_pcl.main, tmp_path / "b", *options, *flags)
+        assert (tmp_path / "run" / "broken.txt").read_text() == f"{tmp_path}/a/07.png\n"
+
+
+def test_a_run_that_goes_on_keeps_its_list_until_it_meets_a_broken_image(tmp_path):
+    """Images that are read as needed are found to be broken only in training."""
+    (tmp_path / "broken.txt").write_text("a.png\n")
+    datasets = argparse.Namespace(num_broken=lambda: 0)
+    image_files.renew_list(tmp_path, datasets, is_new=False)
+    assert (tmp_path / "broken.txt").read_text() == "a.png\n"
+    image_files.renew_list(tmp_path, datasets, is_new=True)
+    assert not (tmp_path / "broken.txt").exists()
+
+
+def test_of_many_images_left_out_the_first_are_named(tmp_path, capsys):
+    source = argparse.Namespace(broken_names=lambda: [f"{i}.png" for i in range(14)])
+    eval_lincls.print_broken_images(argparse.Namespace(sources=[source]))
+    line = capsys.readouterr().out
+    assert line.endswith("'8.png', '9.png', and 4 more\n")
+
+
+def test_a_folder_that_cannot_be_listed_is_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiment_pcl").mkdir()
+
+    def listdir(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", lambda _: [Path("experiment_pcl")])
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert choose_directory(None, resume=None) == Path("experiment_pcl_2")
 
 
 def test_a_start_that_broken_images_ended_is_not_the_latest_run(folder, tmp_path, monkeypatch):
@@ -96,7 +140,7 @@ def test_weights_that_are_no_run_are_for_init(folder, tmp_path, capsys):
     file = tmp_path / "resnet.pth"
     torch.save(build_encoder("resnet18_w4", small_images=True).state_dict(), file)
     options = [folder, *TINY, "--epochs", 1, "--exp-dir", tmp_path / "run"]
-    assert "to start from its weights, name it with --init" in fails(
+    assert "if it holds weights, name it with --init" in fails(
         capsys, main_pcl.main, *options, "--resume", file
     )
     run(*options, "--init", file)
@@ -155,7 +199,7 @@ def test_nobody_is_told_to_remove_a_class_that_may_not_be_read(
 
     monkeypatch.setattr(os, "scandir", scan)
     error = fails(capsys, main_pcl.main, root)
-    assert "class 1' has no images; you may not read it" in error
+    assert "class 1' has no images; it, or a folder in it, cannot be read" in error
     assert "remove it" not in error
 
 

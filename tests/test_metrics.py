@@ -67,6 +67,12 @@ def test_knn_accuracy_matches_its_formula():
     assert knn_accuracy(bank, bank_labels, queries, labels, k=7) == pytest.approx(expected)
 
 
+def test_a_vote_needs_a_neighbour():
+    x, labels = torch.randn(4, 3), torch.arange(4)
+    with pytest.raises(ValueError, match="0 neighbours"):
+        knn_accuracy(x, labels, x, labels, k=0)
+
+
 def test_knn_accuracy_uses_the_whole_bank_if_k_is_larger():
     torch.manual_seed(0)
     bank = torch.randn(30, 5)

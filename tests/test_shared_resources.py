@@ -13,6 +13,7 @@ from torch.utils.data import get_worker_info
 
 import eval_lincls
 import main_pcl
+import runtime.directory
 from data import Images, build_datasets
 from runtime import checkpoint, distributed
 from runtime.directory import write_atomically
@@ -36,14 +37,37 @@ def test_the_first_rank_of_an_evaluation_downloads_alone(folder, monkeypatch, ra
     assert events == expected
 
 
-@pytest.mark.parametrize("data, directory", [("photos", "./photos/"), ("cifar10", "cifar10")])
+@pytest.mark.parametrize(
+    "data, directory",
+    [
+        ("photos", "./photos/"),
+        ("photos", "{root}/photos"),
+        ("photos", "link"),
+        ("link", "photos"),
+        ("photos", "photos/a/../"),
+        ("photos", "photos/a"),
+        ("cifar10", "cifar10"),
+    ],
+)
 def test_a_run_is_not_written_among_its_images(tmp_path, monkeypatch, capsys, data, directory):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(main_pcl, "build_datasets", None)  # it must not come to that
-    (tmp_path / "photos").mkdir()
-    picture().save(tmp_path / "photos" / "1.png")
-    error = fails(capsys, main_pcl.main, data, "--exp-dir", directory)
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("photos")
+    picture().save(tmp_path / "photos" / "a" / "1.png")
+    error = fails(capsys, main_pcl.main, data, "--exp-dir", directory.format(root=tmp_path))
     assert "choose another --exp-dir" in error
+
+
+@pytest.mark.parametrize("left", [[], ["broken.txt"], ["args.json", ".lock"], ["x", "checkpoint"]])
+def test_a_run_may_have_a_folder_of_its_own_beside_its_images(tmp_path, left):
+    directory = tmp_path / "photos" / "experiment_pcl"
+    main_pcl.refuse_folder_of_data(str(tmp_path / "photos"), directory)
+    directory.mkdir(parents=True)
+    for name in left:
+        (directory / name.replace("checkpoint", "checkpoint.pth.tar")).write_text("")
+    main_pcl.refuse_folder_of_data(str(tmp_path / "photos"), directory)
+    main_pcl.refuse_folder_of_data("a\0b", directory)
 
 
 def test_the_digits_may_be_trained_on_in_a_folder_of_that_name():
@@ -89,8 +113,8 @@ def test_a_rank_alone_in_the_environment_gets_one_line(monkeypatch, capsys):
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "lo")  # so that monkeypatch restores them
     monkeypatch.setenv("RANK", "0")
-    error = fails(capsys, lambda _: distributed.init_distributed(), status=1)
-    assert "WORLD_SIZE" in error
+    error = fails(capsys, lambda _: distributed.init_distributed())
+    assert "RANK is set, but WORLD_SIZE and MASTER_ADDR and MASTER_PORT not;" in error
 
 
 def test_features_reach_the_disk_before_other_nodes_read_them(folder, tmp_path, monkeypatch):
@@ -137,13 +161,23 @@ def test_an_older_checkpoint_does_not_go_on_with_the_keys_of_later_steps(
     assert len(log) == 3
 
 
+def test_a_run_that_goes_on_from_its_latest_checkpoint_keeps_its_keys(
+    folder, tmp_path, monkeypatch
+):
+    """However the checkpoint is spelt."""
+    options = [folder, *TINY, "-b", 8, "--epochs", 3, "--warmup", 1, "--exp-dir", tmp_path / "run"]
+    stop_in_step(11, monkeypatch, run, *options)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runtime.directory, "remove_features", None)
+    run(*options, "--resume", "run/../run/checkpoint.pth.tar")
+
+
 def test_two_processes_may_write_the_same_file_at_once(tmp_path, monkeypatch):
     path = tmp_path / "broken.txt"
     fsync = os.fsync
 
     def other_process_writes(_):
         monkeypatch.setattr(os, "fsync", fsync)
-        monkeypatch.setattr(os, "getpid", lambda: 1)
         write_atomically(path, b"theirs")
 
     monkeypatch.setattr(os, "fsync", other_process_writes)
