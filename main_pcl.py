@@ -447,7 +447,7 @@ def train(run, datasets, stop):
         image_files.share_broken_images(directory, datasets)
         stop.exit_if_received(save)
 
-        # kNN accuracy, and the E-step for the next epoch
+        # kNN accuracy, and the E-step for the next epoch; saved first, because both can take long
         is_kept = is_milestone(epoch, args.epochs)
         due = is_kept or distributed.broadcast_object(time.time() - last_save > SAVE_EVERY)
         if due:
