@@ -167,15 +167,15 @@ def parse_args(parser, argv=None, find_stored=None):
     if argv is None:
         argv = sys.argv[1:]
     refuse_separate_numbers(parser, argv)
-    args = parser.parse_args(argv)
-    words = []
     if find_stored is not None:
-        words += words_for(find_stored(args), parser, "the run to continue")
+        use_as_defaults(parser, find_stored(parser.parse_args(argv)), "the run to continue")
+    args = parser.parse_args(argv)
     config = getattr(args, "config", None)
     if config:
-        words += words_for(read_config(config), parser, config)
-        name_changes(parser.parse_args(words), parser.parse_args([*words, *argv]))
-    return parser.parse_args([*words, *argv])
+        use_as_defaults(parser, read_config(config), config)
+        args = parser.parse_args(argv)
+        name_changes(parser.parse_args([]), args)
+    return args
 
 
 def show_any_text():
@@ -208,42 +208,41 @@ def read_config(path):
     return config
 
 
-def words_for(stored, parser, source):
-    """The arguments {name: value} of a run as a command line for `parser`.
+def use_as_defaults(parser, stored, source):
+    """Make the arguments {name: value} of a run the defaults of `parser`, so that flags win.
 
     source: where they come from, for the message that ends the program if they are malformed.
     """
-    first = []  # flags that take all words up to the next flag
-    words = []
-    try:
-        for action in parser._actions:
-            value = stored.get(action.dest)
-            if value is None or action.dest in NOT_FROM_CONFIG:
-                continue
-            if not action.option_strings:
-                # a positional argument: a second one on the command line would not parse
-                parser.set_defaults(**{action.dest: str(value)})
-            elif action.nargs == "*":
-                numbers = [action.type(str(number)) for number in value]
-                first += [action.option_strings[-1], *map(str, numbers)]
-            else:
-                words += flag_words(action, value)
-    except (ValueError, AttributeError, TypeError, argparse.ArgumentTypeError) as error:
-        fail(f"{source} is not the args.json of a run ({type(error).__name__})")
-    return first + words
+    if not isinstance(stored, dict):
+        fail(f"{source} is not the args.json of a run: it holds a {type(stored).__name__}")
+    defaults = {}
+    for action in parser._actions:
+        name = action.dest
+        value = stored.get(name)
+        if value is None or name in NOT_FROM_CONFIG:
+            continue
+        try:
+            defaults[name] = checked(action, value)
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            fail(f"{source} is not the args.json of a run: its {name} is {str(value)[:80]!r}")
+    parser.set_defaults(**defaults)
 
 
-def flag_words(action, value):
-    """The words that give a flag `value` on a command line."""
-    if isinstance(value, bool):
-        if value:
-            return [action.option_strings[0]]
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return [action.option_strings[-1]]  # --no-...
-        return []  # a flag that can only be left out
+def checked(action, value):
+    """`value` if the flag of `action` can have it. Raises an error if not."""
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    convert = action.type or str
+    if action.nargs == "*":
+        return [convert(str(item)) for item in value]
     if isinstance(value, list):
         value = ",".join(map(str, value))
-    return [f"{action.option_strings[-1]}={value}"]
+    value = convert(str(value))
+    if action.choices and value not in action.choices:
+        raise ValueError
+    return value
 
 
 def name_changes(old, new):

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import re
 
 import pytest
@@ -358,3 +359,45 @@ def test_no_numeric_flag_takes_a_bad_value(capsys, script, value):
     assert len(flags) >= 5
     for flag in flags:
         assert flag in fails(capsys, script.main, f"{flag}={value}")
+
+
+# -- args.json -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("[1]", "it holds a list"),
+        ("{", "JSONDecodeError"),
+        ('{"lr": true}', "its lr is 'True'"),
+        ('{"lr": [1, 2]}', "its lr is '[1, 2]'"),
+        ('{"amp": "yes"}', "its amp is 'yes'"),
+        ('{"amp": 1}', "its amp is '1'"),
+        ('{"schedule": 5}', "its schedule is '5'"),
+        ('{"schedule": ["a"]}', "its schedule is \"['a']\""),
+        ('{"optim": "adam"}', "its optim is 'adam'"),
+        ('{"crop_min": 2}', "its crop_min is '2'"),
+        ('{"num_cluster": [5, 0]}', "its num_cluster is '[5, 0]'"),
+        ('{"epochs": 2.5}', "its epochs is '2.5'"),
+        ('{"arch": "' + 10_000 * "x\\n" + '", "batch_size": -1}', "its batch_size is '-1'"),
+    ],
+)
+def test_a_malformed_config_names_what_is_wrong(tmp_path, capsys, text, named):
+    path = tmp_path / "args.json"
+    path.write_text(text)
+    error = fails(capsys, main_pcl.main, "--config", path)
+    assert f"{path} is not the args.json of a run" in error
+    assert named in error
+
+
+def test_a_config_gives_every_argument_back_and_flags_win(tmp_path):
+    given = ["photos", "--amp", "--no-flip", "--schedule", "3", "4", "--num-cluster", "5,6"]
+    given += ["--lr", "1e-3", "--optim", "lamb", "--init", "1.pth", "-b", "12", "--skip-broken"]
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(vars(main_pcl.get_parser().parse_args(given))))
+    args = cli.parse_args(main_pcl.get_parser(), ["--config", str(path)])
+    expected = vars(main_pcl.get_parser().parse_args(given)) | {"config": str(path)}
+    assert vars(args) == expected
+
+    flags = ["pictures", "--no-amp", "--schedule", "--num-cluster", "7", "--config", str(path)]
+    args = cli.parse_args(main_pcl.get_parser(), flags)
+    changed = {"data": "pictures", "amp": False, "schedule": [], "num_cluster": [7]}
+    assert vars(args) == expected | changed

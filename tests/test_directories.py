@@ -376,16 +376,6 @@ def test_a_config_gives_the_same_run_and_flags_win(folder, tmp_path):
     assert third["lr"] == 0.1
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[1]", '{"epochs": "many"}', '{"schedule": 3}', '{"optim": "adam"}']
-)
-def test_a_bad_config_gets_one_line(tmp_path, capsys, text):
-    (tmp_path / "args.json").write_text(text)
-    options = ["--config", tmp_path / "args.json", "--exp-dir", tmp_path / "run"]
-    fails(capsys, main_pcl.main, *options)
-    assert not (tmp_path / "run").exists()
-
-
 # -- log and errors --------------------------------------------------------------------------------
 def test_both_losses_are_in_the_log(folder, tmp_path, capsys):
     log = run(folder, *SHORT, "--exp-dir", tmp_path)
