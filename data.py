@@ -847,6 +847,9 @@ def _read_values(image, open_image):
 
 
 # -- folders ---------------------------------------------------------------------------------------
+RUN = "folder of a run"  # left out, because its pictures are no data
+
+
 class Folder:
     """Images in files: item i is (PIL image whose pixels are still to be read, label).
 
@@ -868,7 +871,7 @@ class Folder:
 
 
 class Paths:
-    """A list of paths, packed into one text for the loader workers to share.
+    """Paths, each read by its number, packed into one text for the loader workers to share.
 
     Each worker would end up with a copy of an ordinary list, because reading an object writes its
     reference count, and that copies the memory it lies in (pytorch/pytorch#13246).
@@ -960,6 +963,7 @@ class Branch:
 
     path: text. `images`: names of the images in it, sorted. `children`: {name: Branch} of the
     folders in it. `count`: number of images in it and below. `is_readable`: whether all of it is.
+    `holds_run`: whether a run's folder in it or below was left out.
     """
 
     def __init__(self, path, parent=None):
@@ -969,13 +973,23 @@ class Branch:
         self.children = {}
         self.count = 0
         self.is_readable = True
+        self.holds_run = False
+
+    def with_parents(self):
+        """This Branch, and all Branches around it."""
+        branch = self
+        while branch is not None:
+            yield branch
+            branch = branch.parent
+
+    def note_run(self):
+        for branch in self.with_parents():
+            branch.holds_run = True
 
     def add_images(self, names):
         self.images = sorted(names)
-        branch = self
-        while branch is not None:
+        for branch in self.with_parents():
             branch.count += len(names)
-            branch = branch.parent
 
     def full(self):
         """The folders in it with images in or below them, {name: Branch}, sorted by name."""
@@ -1002,13 +1016,16 @@ def _scan(root, record):
 
     def note_unreadable(error):
         record.skipped["unreadable folder"] += 1
-        branch = branches.get(error.filename)
-        while branch is not None:
-            branch.is_readable = False
-            branch = branch.parent
+        if error.filename in branches:
+            for branch in branches[error.filename].with_parents():
+                branch.is_readable = False
 
     for path, folders, names in os.walk(top.path, onerror=note_unreadable, followlinks=True):
         branch = branches[path]
+        if names == ["broken.txt"] and not folders:  # of a run that broken images have ended
+            record.skipped[RUN] += 1
+            branch.note_run()
+            continue
         images = []
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
@@ -1023,6 +1040,8 @@ def _scan(root, record):
         for name in list(folders):
             folder = os.path.join(path, name)
             what = _why_to_skip(folder, name, images)
+            if what == RUN:
+                branch.note_run()
             if what is not None:
                 record.skipped[what] += 1
                 folders.remove(name)
@@ -1047,7 +1066,7 @@ def _why_to_skip(folder, name, images):
     if images and name.lower() in THUMBNAILS:
         return "folder of thumbnails"
     if os.path.exists(os.path.join(folder, "checkpoint.pth.tar")):
-        return "folder of a run"
+        return RUN
     return None
 
 
@@ -1168,7 +1187,7 @@ def _read_branch(branch, fewest, record):
         return _unlabelled(branch)
 
     for _, child in sorted(branch.children.items()):
-        if fewest == 1 and not child.count:
+        if fewest == 1 and not child.count and not child.holds_run:
             advice = "remove it"
             if not child.is_readable:
                 advice = "it, or a folder in it, cannot be read: look at their permissions"

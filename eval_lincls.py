@@ -75,6 +75,7 @@ from runtime.directory import (
 from runtime.distributed import get_rank_and_world, print_main
 
 EPOCHS = 100  # of the published probe
+LR = 30.0  # its learning rate (MoCo)
 DRAWS = 5  # random choices of few labels
 MAX_NAMED = 10  # broken images in a message
 IMBALANCED = 10  # times as many images in the largest class as in the smallest
@@ -124,8 +125,7 @@ def get_parser():
         "--lr",
         "--learning-rate",
         type=cli.positive_float,
-        default=30.0,
-        help="learning rate of --protocol moco; PCL's published probes had 5; default: MoCo's 30",
+        help="learning rate of --protocol moco; PCL's published probes had 5; default: 30, MoCo's",
     )
     add(
         "--knn-k",
@@ -149,7 +149,7 @@ def get_parser():
         "--num-cluster",
         type=cli.int_list,
         help="numbers of clusters, comma-separated, to which the number of classes is added; "
-        "default: as in training, and none for weights from elsewhere",
+        "default: as in training; for weights from elsewhere, the number of classes alone",
     )
     add(
         "--export",
@@ -259,6 +259,8 @@ def find_checkpoints(args):
         )
     if args.pretrained and args.exp_dir:
         cli.fail("--pretrained and --exp-dir name two checkpoints; choose one")
+    if args.lr is not None and args.protocol == "fast":
+        cli.fail("--lr is for --protocol moco; add that, or leave --lr out")
     for flag in ("export", "clusters"):
         if getattr(args, flag) and len(args.exp_dir or ()) > 1:
             cli.fail(f"--{flag} is for one network; name one --exp-dir")
@@ -349,6 +351,8 @@ def prepare(path, args, device, built):
     n = len(datasets.train)
     args = argparse.Namespace(**vars(args))
     args.num_cluster = choose_num_cluster(args.num_cluster, stored.get("num_cluster"), datasets)
+    if args.lr is None:
+        args.lr = LR
     if args.baselines is None:
         args.baselines = args.protocol == "fast"
     labelled = int((datasets.plain.labels >= 0).sum())  # the images that vote
@@ -486,9 +490,12 @@ def check_labels(name, datasets, args):
         _, world = get_rank_and_world()
         labelled = int((datasets.plain.labels >= 0).sum())
         if min(args.batch_size, labelled) < world:
+            advice = "start fewer processes"
+            if args.batch_size < labelled:
+                advice = "raise --batch-size or start fewer processes"
             cli.fail(
                 f"{min(args.batch_size, labelled)} images per batch are fewer than the {world} "
-                "processes; raise --batch-size or start fewer processes"
+                f"processes; {advice}"
             )
 
 
@@ -634,7 +641,7 @@ def measure(row, network, subject, device):
     scores = None
     if args.protocol == "moco" and row == "trained" and datasets.labelled:
         file = result_file(subject.path, args, "probe.pth.tar")
-        key = [subject.path.stat().st_mtime_ns, datasets.fingerprint, datasets.image_size]
+        key = [subject.about["weights"], datasets.fingerprint, datasets.image_size]
         store = ProbeStore(file, [*key, args.batch_size, args.lr, args.seed])
         scores = published_probe(network, val, datasets, store, args)
     if get_rank_and_world()[0] > 0:

@@ -40,6 +40,7 @@ import recipes
 from augment import RandomView, normalize
 from cluster import Clusters, default_num_cluster, run_kmeans
 from data import (
+    DOWNLOADS,
     DataError,
     EpochSampler,
     build_datasets,
@@ -1127,10 +1128,16 @@ def refuse_folder_of_data(data, directory):
     with contextlib.suppress(ValueError):  # no file can have such a name
         folder = Path(data).resolve()
         place = directory.resolve()
-        if place == folder or (folder in place.parents and holds_foreign_files(place)):
+        is_inside = folder in place.parents
+        if place == folder or (is_inside and holds_foreign_files(place)):
             cli.fail(
                 f"--exp-dir {directory} is also a folder of the data, whose images a run would mix "
                 "with its pictures; choose another --exp-dir"
+            )
+        if is_inside and data in DOWNLOADS and not folder.is_dir():
+            cli.fail(
+                f"--exp-dir {directory} would make a folder {data}, which would be read in place "
+                "of the data set; choose another --exp-dir"
             )
 
 
@@ -1179,7 +1186,7 @@ def build_model(args, init):
     )
     if init is not None:
         wanted = init._replace(arch=args.arch)
-        advice = "; give --arch and --image-size as they were in training"
+        advice = "; give --arch, --stem and --image-size as they were in training, or none of them"
         for encoder in (model.encoder_q, model.encoder_k):
             weights.load_backbone(encoder, wanted, args.init, advice)
     return model.to(args.device, memory_format=torch.channels_last)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -16,7 +15,13 @@ import torch
 
 from runtime import directory as run_directory
 from runtime.cli import fail, format_error
-from runtime.distributed import barrier, broadcast_object, get_rank_and_world, print_main
+from runtime.distributed import (
+    barrier,
+    broadcast_object,
+    get_rank_and_world,
+    number_from_launcher,
+    print_main,
+)
 
 # arguments that belong to one start of the program, not to the run
 PER_START = (
@@ -172,8 +177,9 @@ def stored_args(directory, resume):
         return {}
 
     # another number of processes needs other values for each
-    with contextlib.suppress(KeyError, IndexError, TypeError):  # only args.json has the number
-        if stored["parts"][-1]["world"] != int(os.environ.get("WORLD_SIZE", 1)):
+    # only args.json has the number, and a variable may hold anything
+    with contextlib.suppress(KeyError, IndexError, TypeError, ValueError):
+        if stored["parts"][-1]["world"] != number_from_launcher("WORLD_SIZE"):
             stored = {name: stored[name] for name in stored if name not in PER_PROCESS}
     return stored
 

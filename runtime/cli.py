@@ -223,8 +223,10 @@ def use_as_defaults(parser, stored, source):
             continue
         try:
             defaults[name] = checked(action, value)
-        except (ValueError, TypeError, argparse.ArgumentTypeError):
-            fail(f"{source} is not the args.json of a run: its {name} is {str(value)[:80]!r}")
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            reason = f", but {error}" if isinstance(error, argparse.ArgumentTypeError) else ""
+            shown = repr(str(value)[:80])
+            fail(f"{source} is not the args.json of a run: its {name} is {shown}{reason}")
     parser.set_defaults(**defaults)
 
 
@@ -260,7 +262,7 @@ last_line = time.monotonic()  # when the last line was printed
 
 def is_first_rank():
     """Whether this is the first rank, also before there is a process group: torchrun sets RANK."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "") in ("", "0")
 
 
 def say(text, file=None):

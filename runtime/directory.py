@@ -133,7 +133,7 @@ def check_writable(directory):
     except UnicodeEncodeError:
         fail(f"{directory} is not valid UTF-8, which TensorBoard needs; choose another --exp-dir")
     place = directory
-    while not place.exists():  # it will be made below the first folder that is there
+    while not os.path.lexists(place):  # it will be made below the first folder that is there
         place = place.parent
     try:
         with tempfile.TemporaryFile(dir=place):

@@ -22,7 +22,7 @@ STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]
 if hasattr(signal, "SIGUSR1"):  # not on Windows
     STOP_SIGNALS.append(signal.SIGUSR1)  # SLURM sends it before a job's time is up
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by `torchrun --max-restarts`
-RENDEZVOUS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets beside RANK
+LAUNCH = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets beside RANK
 JOIN = 300  # seconds for all processes to start and to find each other
 PATIENCE = timedelta(hours=2)  # for a process that is late, for example because it downloads
 SIZES = 1000  # image files whose sizes are compared between ranks
@@ -38,15 +38,9 @@ def init_distributed():
         if number >= visible:
             fail(f"process {number} of this machine sees {visible} GPUs; start one process per GPU")
         torch.cuda.set_device(number)
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
         return device
-
-    missing = [name for name in RENDEZVOUS if name not in os.environ]
-    if missing:
-        fail(
-            f"RANK is set, but {' and '.join(missing)} not; start with torchrun, or unset RANK to "
-            "use one process"
-        )
+    check_launch()
 
     # on one machine, listen on the loopback device only
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
@@ -66,6 +60,30 @@ def init_distributed():
     except (RuntimeError, ValueError) as error:
         fail_to_join(error)
     return device
+
+
+def check_launch():
+    """End the program in one line if the variables that torchrun sets are not all there."""
+    advice = "start with torchrun, or unset RANK to use one process"
+    missing = [name for name in LAUNCH if not os.environ.get(name)]
+    if missing:
+        fail(f"RANK is set, but {' and '.join(missing)} not; {advice}")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            fail(f"{name} is {os.environ[name]!r}, not a number; {advice}")
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= world:
+        fail(f"RANK is {rank}, but WORLD_SIZE is {world}: ranks count from 0; {advice}")
+
+
+def number_from_launcher(name):
+    """The number in the variable `name`, which torchrun sets for each process; 1 without it.
+
+    Containers and jobs set some of these variables as well, but not RANK. Raises ValueError.
+    """
+    if not os.environ.get("RANK"):
+        return 1
+    return int(os.environ.get(name, 1))
 
 
 def wait_for_launcher():
@@ -132,8 +150,9 @@ def default_workers():
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS; a container or job may use fewer cores
         cores = len(os.sched_getaffinity(0))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this node; set by torchrun
-    return min(8, max(1, cores // ranks))
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        cores = cores // number_from_launcher("LOCAL_WORLD_SIZE")  # ranks on this node
+    return min(8, max(1, cores))
 
 
 def print_main(text):

@@ -26,7 +26,7 @@ def interrupt(*_):
         os._exit(130)
     is_interrupted = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb the end
-    if os.environ.get("RANK", "0") == "0":  # set by torchrun
+    if os.environ.get("RANK", "") in ("", "0"):  # set by torchrun
         text = f"\n{os.path.basename(sys.argv[0])}: stopped by Ctrl-C; {again}\n"
         os.write(2, text.encode(errors="replace"))
     if not is_caught:

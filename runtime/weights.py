@@ -183,7 +183,7 @@ def load_backbone(encoder, found, path, advice=""):
 def refuse_misfits(encoder, found, path, advice=""):
     """End the program in one line, which ends in `advice`, if a Found does not fit `encoder`.
 
-    Weights that are not finite fit no encoder.
+    The same, with other advice, if its weights are not finite.
     """
     own = state_without_fc(encoder)
     wrong = []
@@ -197,11 +197,15 @@ def refuse_misfits(encoder, found, path, advice=""):
         elif found.state[name].shape != own[name].shape:
             shapes = [list(tensor.shape) for tensor in (found.state[name], own[name])]
             wrong.append(f"{shown} is {shapes[0]}, not {shapes[1]}")
-        elif not found.state[name].isfinite().all():
-            wrong.append(f"{shown} is not finite")
     if wrong:
         message = f"{path} does not hold the weights of a {found.arch}: {', '.join(wrong[:3])}"
         fail(format_error(message + advice))
+    for name, tensor in found.state.items():
+        if not tensor.isfinite().all():
+            fail(
+                f"{path}: {name} is not finite, so its training had diverged; name an earlier "
+                "checkpoint"
+            )
 
 
 def state_without_fc(encoder):

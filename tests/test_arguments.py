@@ -374,7 +374,7 @@ def test_no_numeric_flag_takes_a_bad_value(capsys, script, value):
         ('{"schedule": 5}', "its schedule is '5'"),
         ('{"schedule": ["a"]}', "its schedule is \"['a']\""),
         ('{"optim": "adam"}', "its optim is 'adam'"),
-        ('{"crop_min": 2}', "its crop_min is '2'"),
+        ('{"crop_min": 2}', "its crop_min is '2', but must be above 0 and at most 1"),
         ('{"num_cluster": [5, 0]}', "its num_cluster is '[5, 0]'"),
         ('{"epochs": 2.5}', "its epochs is '2.5'"),
         ('{"arch": "' + 10_000 * "x\\n" + '", "batch_size": -1}', "its batch_size is '-1'"),

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import os
 import shutil
 import statistics
 
@@ -515,6 +516,51 @@ def test_the_published_probe_starts_again_at_another_rate(finished, monkeypatch)
     assert rates == [30, 30, 5, 5]
     results = [read(finished / "eval.json"), *read(finished / "eval.json")["earlier"]]
     assert [result["lr"] for result in results if result["protocol"] == "moco"] == [5, 30]
+
+
+def test_the_published_probe_starts_again_for_other_weights(finished, runs, monkeypatch):
+    """Even if their file is of the same time, for instance unpacked from an archive."""
+    monkeypatch.setattr(eval_lincls, "EPOCHS", 3)
+    options = ["--exp-dir", finished, *FAST, "--protocol", "moco", "-b", 16]
+    evaluate(*options)
+    path = finished / "checkpoint.pth.tar"
+    before = path.stat()
+    shutil.copy(runs[1] / "checkpoint.pth.tar", path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    monkeypatch.setattr(eval_lincls, "published_probe", lambda *arguments: store_of(arguments))
+    with pytest.raises(Started, match="None"):
+        evaluate(*options)
+    shutil.copy(runs[0] / "checkpoint.pth.tar", path)
+    with pytest.raises(Started, match="3"):
+        evaluate(*options)
+
+
+class Started(Exception):
+    """A probe was to start from this epoch."""
+
+
+def store_of(arguments):
+    (store,) = (value for value in arguments if isinstance(value, eval_lincls.ProbeStore))
+    state = store.load()
+    raise Started(str(state and state["epoch"]))
+
+
+def test_a_rate_for_the_fast_probe_is_refused(finished, capsys, monkeypatch):
+    error = refuses(capsys, monkeypatch, "--exp-dir", finished, "--lr", 5)
+    assert "--lr is for --protocol moco" in error
+
+
+@pytest.mark.parametrize(
+    "batch_size, advice", [(1, "raise --batch-size or"), (256, "; start fewer")]
+)
+def test_fewer_images_than_processes_get_advice_that_helps(
+    folder, capsys, monkeypatch, batch_size, advice
+):
+    monkeypatch.setattr(eval_lincls, "get_rank_and_world", lambda: (0, 100))
+    args = argparse.Namespace(clusters=None, protocol="moco", batch_size=batch_size)
+    datasets = data.build_datasets(str(folder))
+    line = fails(capsys, lambda _: eval_lincls.check_labels("x", datasets, args))
+    assert advice in line
 
 
 def test_a_damaged_probe_says_what_to_remove(finished, capsys, monkeypatch):

@@ -97,6 +97,7 @@ def test_workers_follow_the_cores_per_rank_of_this_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(32), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 128)  # most of them are another job's
     assert distributed.default_workers() == 8
+    monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # of WORLD_SIZE 16 on two machines
     monkeypatch.setenv("WORLD_SIZE", "16")
     assert distributed.default_workers() == 4

@@ -284,6 +284,20 @@ def test_the_folder_of_a_run_is_left_out(tmp_path, monkeypatch):
 
 
 # -- images in memory ------------------------------------------------------------------------------
+def test_a_run_within_a_part_is_no_class(tmp_path):
+    """Nor is a start that broken images have ended, which leaves their list alone."""
+    write_classes(tmp_path / "train")
+    before = build_datasets(str(tmp_path))
+    (tmp_path / "train" / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "runs" / "a" / "checkpoint.pth.tar").write_text("")
+    (tmp_path / "train" / "failed").mkdir()
+    (tmp_path / "train" / "failed" / "broken.txt").write_text("1.png")
+    after = build_datasets(str(tmp_path))
+    assert after.classes == list(CLASSES)
+    assert after.fingerprint == before.fingerprint
+    assert after.left_out == "2 folders of a run"
+
+
 def test_large_images_are_not_kept_whole(tmp_path):
     for i in range(3):
         Image.new("RGB", (300, 200), (i, 0, 0)).save(tmp_path / f"{i}.png")

@@ -1,5 +1,6 @@
 """What ranks, loader workers and a run's own files must not take from each other."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -47,6 +48,7 @@ def test_the_first_rank_of_an_evaluation_downloads_alone(folder, monkeypatch, ra
         ("photos", "photos/a/../"),
         ("photos", "photos/a"),
         ("cifar10", "cifar10"),
+        ("cifar10", "cifar10/run1"),
     ],
 )
 def test_a_run_is_not_written_among_its_images(tmp_path, monkeypatch, capsys, data, directory):
@@ -115,6 +117,39 @@ def test_a_rank_alone_in_the_environment_gets_one_line(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     error = fails(capsys, lambda _: distributed.init_distributed())
     assert "RANK is set, but WORLD_SIZE and MASTER_ADDR and MASTER_PORT not;" in error
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("WORLD_SIZE", "", "RANK is set, but WORLD_SIZE not"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two', not a number"),
+        ("MASTER_PORT", "abc", "MASTER_PORT is 'abc', not a number"),
+        ("RANK", "x", "RANK is 'x', not a number"),
+        ("RANK", "1", "RANK is 1, but WORLD_SIZE is 1"),
+    ],
+)
+def test_malformed_variables_of_a_launcher_are_named_at_once(
+    monkeypatch, capsys, name, value, message
+):
+    good = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29501"}
+    for variable, text in {**good, name: value}.items():
+        monkeypatch.setenv(variable, text)
+    assert message in fails(capsys, lambda _: distributed.init_distributed())
+
+
+@pytest.mark.parametrize("value", ["", "0", "4", "x"])
+def test_variables_of_a_launcher_mean_nothing_without_rank(monkeypatch, folder, tmp_path, value):
+    """Containers and jobs may set them, too."""
+    run(folder, *TINY, "--epochs", 1, "--exp-dir", tmp_path)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "")
+    splits = json.loads((tmp_path / "args.json").read_text())["bn_splits"]
+    run("--exp-dir", tmp_path, "--resume", "--epochs", 2)
+    args = json.loads((tmp_path / "args.json").read_text())
+    assert args["bn_splits"] == splits
+    assert args["parts"][1]["changed"] == {"epochs": [1, 2]}
 
 
 def test_features_reach_the_disk_before_other_nodes_read_them(folder, tmp_path, monkeypatch):

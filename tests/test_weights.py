@@ -203,7 +203,7 @@ def test_weights_that_are_not_finite_are_refused(capsys, sides):
     state["layer2.0.conv1.weight"] = torch.full_like(state["layer2.0.conv1.weight"], torch.nan)
     found = find_resnet(state, "file.pth")
     line = fails(capsys, lambda _: load_backbone(build_encoder("resnet18"), found, "file.pth"))
-    assert "weights of a resnet18: layer2.0.conv1.weight is not finite" in line
+    assert "file.pth: layer2.0.conv1.weight is not finite, so its training had diverged" in line
 
 
 # -- export
