@@ -87,7 +87,7 @@ def test_the_line_about_other_weights_names_the_network_that_was_asked_for(
     options = [*VIT, "--init", vit / CHECKPOINT, *flags, "--exp-dir", tmp_path]
     error = fails(capsys, main_pcl.main, folder, *options)
     assert wanted in error
-    assert "give --arch and --image-size as they were in training" in error
+    assert "give --arch, --stem and --image-size as they were in training" in error
 
 
 def test_a_stem_that_nobody_has_asked_for_is_not_refused(folder, tmp_path, capsys):

@@ -394,6 +394,7 @@ def test_ranks_listen_on_the_loopback_device_only(folder, tmp_path):
 def test_ranks_of_one_machine_are_told_to_use_the_loopback_device(monkeypatch, machines, device):
     """Otherwise gloo would follow the machine's own name, wherever that leads."""
     environment = {"RANK": "0", "WORLD_SIZE": str(2 * machines), "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     store = torch.distributed.HashStore()
 
     def rendezvous(*_, **__):
