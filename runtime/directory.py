@@ -157,7 +157,7 @@ def lock(directory):
     try:
         directory.mkdir(parents=True, exist_ok=True)
         held = acquire(directory, holder)
-        remove_partial(directory, FILES_OF_RUN)
+        remove_partial(directory, (*FILES_OF_RUN, holder.name))
         write_atomically(holder, describe_this_process().encode())
     except filelock.Timeout:
         fail(

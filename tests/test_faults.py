@@ -197,11 +197,11 @@ def test_what_a_kill_leaves_half_written_is_removed(folder, tmp_path, monkeypatc
     """Even if the run is finished, so that nothing is written any more. Other files stay."""
     run(folder, *SMALL, "--epochs", 1, "--exp-dir", tmp_path)
     others = {"notes.tmp", "log.csv.mytmp"}
-    for path in (tmp_path / "curves.png", tmp_path / "checkpoint_0000.pth.tar"):
-        leave_half_written(path, monkeypatch)
+    for name in ("curves.png", "checkpoint_0000.pth.tar", ".holder"):
+        leave_half_written(tmp_path / name, monkeypatch)
     for name in others:
         (tmp_path / name).write_text("")
-    assert len(list(tmp_path.glob("*tmp"))) == 4
+    assert len(list(tmp_path.glob("*tmp"))) == 5
     run(folder, *SMALL, "--epochs", 1, "--exp-dir", tmp_path, "--resume")
     assert {path.name for path in tmp_path.glob("*tmp")} == others
 
