@@ -513,7 +513,9 @@ def choose_num_cluster(given, stored, datasets):
             f"{max(given)} clusters are more than the {n} training images; lower --num-cluster"
         )
     num_cluster = given or stored or []
-    if max(num_cluster, default=0) > n or not (num_cluster or datasets.has_labels):
+    are_too_many = max(num_cluster, default=0) > n
+    there_are_none = not num_cluster and not datasets.has_labels
+    if are_too_many or there_are_none:
         num_cluster = default_num_cluster(n)
     if datasets.has_labels:
         num_cluster = [*num_cluster, one_per_class(datasets)]

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from runtime import start
+from runtime.start import is_first_rank
 
 NOT_FROM_CONFIG = ("exp_dir", "resume", "overwrite", "config", "cuda_graphs")
 FOREIGN = (  # flags of similar projects, and what to use here: a flag or a sentence
@@ -258,11 +259,6 @@ def name_changes(old, new):
 # -- progress --------------------------------------------------------------------------------------
 EVERY = 50  # without a terminal, seconds without a line after which one is printed
 last_line = time.monotonic()  # when the last line was printed
-
-
-def is_first_rank():
-    """Whether this is the first rank, also before there is a process group: torchrun sets RANK."""
-    return os.environ.get("RANK", "") in ("", "0")
 
 
 def say(text, file=None):

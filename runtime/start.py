@@ -15,6 +15,11 @@ is_caught = False  # whether errors_in_one_line is there to catch KeyboardInterr
 is_interrupted = False
 
 
+def is_first_rank():
+    """Whether this is the first rank, also before there is a process group: torchrun sets RANK."""
+    return os.environ.get("RANK", "") in ("", "0")
+
+
 def interrupt(*_):
     """Signal handler: say that the program ends and how to go on, and raise KeyboardInterrupt.
 
@@ -26,7 +31,7 @@ def interrupt(*_):
         os._exit(130)
     is_interrupted = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb the end
-    if os.environ.get("RANK", "") in ("", "0"):  # set by torchrun
+    if is_first_rank():
         text = f"\n{os.path.basename(sys.argv[0])}: stopped by Ctrl-C; {again}\n"
         os.write(2, text.encode(errors="replace"))
     if not is_caught:

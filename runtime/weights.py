@@ -173,18 +173,22 @@ def load_backbone(encoder, found, path, advice=""):
     """Copy the weights of a Found into `encoder`, except its `.fc`.
 
     path: the checkpoint's file, for messages. Ends the program in one line, which ends in `advice`,
-    if a weight is missing, unexpected or of another shape.
+    if a weight is missing, unexpected or of another shape; the same, with other advice, if one is
+    not finite.
     """
     refuse_misfits(encoder, found, path, advice)
+    for name, tensor in found.state.items():
+        if not tensor.isfinite().all():
+            fail(
+                f"{path}: {name} is not finite, so its training had diverged; name an earlier "
+                "checkpoint"
+            )
     for name, tensor in state_without_fc(encoder).items():
         tensor.copy_(found.state.get(name, tensor))
 
 
 def refuse_misfits(encoder, found, path, advice=""):
-    """End the program in one line, which ends in `advice`, if a Found does not fit `encoder`.
-
-    The same, with other advice, if its weights are not finite.
-    """
+    """End the program in one line, which ends in `advice`, if a Found does not fit `encoder`."""
     own = state_without_fc(encoder)
     wrong = []
     for name in {**own, **found.state}:
@@ -200,12 +204,6 @@ def refuse_misfits(encoder, found, path, advice=""):
     if wrong:
         message = f"{path} does not hold the weights of a {found.arch}: {', '.join(wrong[:3])}"
         fail(format_error(message + advice))
-    for name, tensor in found.state.items():
-        if not tensor.isfinite().all():
-            fail(
-                f"{path}: {name} is not finite, so its training had diverged; name an earlier "
-                "checkpoint"
-            )
 
 
 def state_without_fc(encoder):

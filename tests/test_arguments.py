@@ -366,6 +366,7 @@ def test_no_numeric_flag_takes_a_bad_value(capsys, script, value):
     "text, named",
     [
         ("[1]", "it holds a list"),
+        ("", "JSONDecodeError"),
         ("{", "JSONDecodeError"),
         ('{"lr": true}', "its lr is 'True'"),
         ('{"lr": [1, 2]}', "its lr is '[1, 2]'"),
@@ -377,15 +378,17 @@ def test_no_numeric_flag_takes_a_bad_value(capsys, script, value):
         ('{"crop_min": 2}', "its crop_min is '2', but must be above 0 and at most 1"),
         ('{"num_cluster": [5, 0]}', "its num_cluster is '[5, 0]'"),
         ('{"epochs": 2.5}', "its epochs is '2.5'"),
+        ('{"epochs": "many"}', "its epochs is 'many'"),
         ('{"arch": "' + 10_000 * "x\\n" + '", "batch_size": -1}', "its batch_size is '-1'"),
     ],
 )
 def test_a_malformed_config_names_what_is_wrong(tmp_path, capsys, text, named):
     path = tmp_path / "args.json"
     path.write_text(text)
-    error = fails(capsys, main_pcl.main, "--config", path)
+    error = fails(capsys, main_pcl.main, "--config", path, "--exp-dir", tmp_path / "run")
     assert f"{path} is not the args.json of a run" in error
     assert named in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_config_gives_every_argument_back_and_flags_win(tmp_path):
