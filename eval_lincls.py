@@ -621,7 +621,7 @@ def print_broken_images(datasets):
     if len(names) > MAX_NAMED:
         names[MAX_NAMED:] = [f"and {len(names) - MAX_NAMED} more"]
     if names:
-        print(f"left out, because they are broken: {', '.join(names)}")
+        cli.say(f"left out, because they are broken: {', '.join(names)}")
 
 
 @cli.phase("evaluation")
@@ -906,12 +906,13 @@ def conclude(subjects, results, args):
     """Print the mean of several runs, and write the files of --json and --export."""
     mean, deviation = summarize(subjects, results)
     if len(results) > 1:
-        print(f"\nmean and standard deviation of {len(results)} runs")
+        cli.say("")
+        cli.say(f"mean and standard deviation of {len(results)} runs")
         if not all(is_same(result, results[0], ("fingerprint", "size")) for result in results):
-            print("note: these runs are of different images or image sizes")
+            cli.say("note: these runs are of different images or image sizes")
         fixed = [row for row in mean if row not in deviation]
         if fixed:
-            print(f"one network for all runs, so no deviation: {', '.join(fixed)}")
+            cli.say(f"one network for all runs, so no deviation: {', '.join(fixed)}")
         print_table(with_deviation(mean, deviation), args.protocol)
 
     unwritten = [name for subject in subjects for name in subject.unwritten]
@@ -988,10 +989,10 @@ def print_table(table, protocol):
                 names[name] = with_protocol(name, protocol)
     if names:
         width = max(28, *(len(text) + 2 for text in names.values()))
-        print("in percent".ljust(width) + "".join(f"{row:>14}" for row in cells))
+        cli.say("in percent".ljust(width) + "".join(f"{row:>14}" for row in cells))
         for name, text in names.items():
             line = "".join(f"{figures.get(name, ''):>14}" for figures in cells.values())
-            print(text.ljust(width) + line)
+            cli.say(text.ljust(width) + line)
 
     print_clusters(cells)
 
@@ -1016,14 +1017,14 @@ def print_clusters(cells):
 
     width = max([17, *(len(f"{row}, {k} ") for row, k, _ in lines)])
     titles = "".join((part or "training images").center(52) for part in parts)
-    print("clusters".ljust(width) + titles.rstrip())
-    print(" " * width + "".join(f"{name:>13}" for name in AGREEMENT * len(parts)))
+    cli.say("clusters".ljust(width) + titles.rstrip())
+    cli.say(" " * width + "".join(f"{name:>13}" for name in AGREEMENT * len(parts)))
     for row, k, figures in lines:
         line = f"{row}, {k}".ljust(width)
         for part in parts:
             for name in AGREEMENT:
                 line += f"{figures.get(f'{name} {k} {part}'.strip(), ''):>13}"
-        print(line)
+        cli.say(line)
 
 
 def with_protocol(name, protocol):

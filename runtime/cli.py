@@ -262,10 +262,18 @@ last_line = time.monotonic()  # when the last line was printed
 
 
 def say(text, file=None):
-    """Print a line at once, on stdout unless another `file` is given."""
+    """Print a line at once, on stdout unless another `file` is given.
+
+    If nobody reads the output any more, for example after `| head`, the program goes on silently.
+    """
     global last_line
     last_line = time.monotonic()
-    print(in_one_line(str(text)), file=file, flush=True)
+    try:
+        print(in_one_line(str(text)), file=file, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (file or sys.stdout).fileno())
+        os.close(nowhere)
 
 
 class Progress(tqdm):
@@ -407,7 +415,8 @@ def fail_if_foreseeable(error, data_error, again):
 def stop_at_once(again):
     """End the program after Ctrl-C."""
     if is_first_rank() and not start.is_interrupted:  # else it has been said already
-        print(f"\n{program_name()}: stopped by Ctrl-C; {again}", file=sys.stderr)
+        say("", sys.stderr)  # the terminal shows ^C in the line before
+        say(f"{program_name()}: stopped by Ctrl-C; {again}", sys.stderr)
     raise SystemExit(130)
 
 
@@ -431,7 +440,7 @@ def warn_if_unwritable(path, unwritten=None):
         yield
     except OSError as error:
         reason = error.strerror or error
-        print(format_error(f"warning: cannot write {path}: {reason}"), file=sys.stderr, flush=True)
+        say(format_error(f"warning: cannot write {path}: {reason}"), sys.stderr)
         if unwritten is not None:
             unwritten.append(path)
 
@@ -461,7 +470,7 @@ def fail(message, status=2):
     """Say in one line what is wrong, and exit with `status`."""
     if not is_first_rank():
         message = f"rank {os.environ['RANK']} on {socket.gethostname()}: {message}"
-    print(f"{program_name()}: error: {in_one_line(str(message))}", file=sys.stderr)
+    say(f"{program_name()}: error: {message}", sys.stderr)
     raise SystemExit(status)
 
 

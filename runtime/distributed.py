@@ -325,8 +325,11 @@ class StopSignals:
         save()
         barrier()  # torchrun kills the others soon after the first rank has left
         if get_rank_and_world()[0] == 0:
-            message = "\nstopped by a signal; the same command with --resume continues from here"
-            print(message, file=sys.stderr)
+            say("", sys.stderr)  # the terminal shows ^C in the line before
+            say(
+                "stopped by a signal; the same command with --resume continues from here",
+                sys.stderr,
+            )
         raise SystemExit(128 + self.received)
 
 

@@ -3,6 +3,7 @@
 Import this before anything else, because the other imports are slow.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -33,7 +34,8 @@ def interrupt(*_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb the end
     if is_first_rank():
         text = f"\n{os.path.basename(sys.argv[0])}: stopped by Ctrl-C; {again}\n"
-        os.write(2, text.encode(errors="replace"))
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, text.encode(errors="replace"))
     if not is_caught:
         os._exit(130)
     sys.unraisablehook = end_if_swallowed

@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,33 @@ def test_one_of_several_data_sets_can_be_named(folder, tmp_path, capsys):
 def test_without_the_digits_a_folder_is_asked_for(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("data.DIGITS", tmp_path / "digits.npz")
     assert "name a folder of images" in fails(capsys, main_pcl.main, *TINY)
+
+
+def closed_pipe():
+    """A text stream whose reader has gone, as after `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_run_and_its_evaluation_go_on_if_nobody_reads_their_output(
+    folder, tmp_path, monkeypatch, stream
+):
+    with closed_pipe() as output, monkeypatch.context() as patch:
+        patch.setattr(sys, stream, output)
+        log = run(folder, *TINY, "--epochs", 2, "--exp-dir", tmp_path)
+        for advice in ("first", "second"):  # warnings go to stderr
+            with cli.warn_if_unwritable(tmp_path / advice):
+                raise OSError("no room")
+        eval_lincls.main(["--exp-dir", str(tmp_path), "--no-baselines", "--num-cluster", "4"])
+    assert len(log) == 2
+    assert (tmp_path / "eval.json").is_file()
+
+
+def test_a_mistake_has_its_exit_status_if_nobody_reads_the_message(monkeypatch):
+    with closed_pipe() as output, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", output)
+        with pytest.raises(SystemExit) as stop:
+            main_pcl.main(["--epochs", "none"])
+    assert stop.value.code == 2
