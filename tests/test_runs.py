@@ -12,6 +12,7 @@ import torch
 import torchvision
 from conftest import TINY, assert_same, fails, run, weights
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import diagnose
 import eval_lincls
@@ -296,6 +297,16 @@ def test_resuming_equals_never_having_stopped(folder, tmp_path, monkeypatch):
     third = tmp_path / "third"
     run(*options, "--exp-dir", third, "--resume", whole / "checkpoint_0000.pth.tar")
     assert_same(weights(whole), weights(third))
+
+
+def test_tensorboard_shows_an_epoch_that_was_run_twice_once(folder, tmp_path):
+    options = [folder, *TINY, "--epochs", 3, "--exp-dir", tmp_path]
+    log = run(*options)
+    run(*options, "--resume", tmp_path / "checkpoint_0000.pth.tar")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    shown = events.Scalars("loss")
+    assert [event.step for event in shown] == [0, 1, 2]
+    assert [event.value for event in shown] == pytest.approx([row["loss"] for row in log])
 
 
 def test_the_number_of_workers_changes_nothing(mixed, tmp_path, monkeypatch):
