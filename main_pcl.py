@@ -685,42 +685,31 @@ def fill_in_defaults(args, datasets, world, device):
 
 def check(args, n, world):
     """End the program in one line if the arguments contradict each other or `n` images."""
-
-    def refuse_if(mistake, message):
-        if mistake:
-            cli.fail(message)
-
-    refuse_if(
-        args.batch_size > n,
-        f"{n} training images are fewer than one batch of {args.batch_size}; lower --batch-size",
-    )
-    refuse_if(
-        args.batch_size % world,
-        f"--batch-size {args.batch_size} is not a multiple of the {world} processes",
-    )
+    if args.batch_size > n:
+        cli.fail(
+            f"{n} training images are fewer than one batch of {args.batch_size}; lower --batch-size"
+        )
+    if args.batch_size % world:
+        cli.fail(f"--batch-size {args.batch_size} is not a multiple of the {world} processes")
     of_timm = {"--stem": (args.stem, "imagenet"), "--bn-splits": (args.bn_splits, 1)}
     for flag, (value, neutral) in of_timm.items():
-        refuse_if(
-            is_timm(args.arch) and value != neutral,
-            f"{flag} {value} is for resnet18 and the like, not for {args.arch} of timm; give "
-            f"{flag} {neutral}, or leave it out",
-        )
+        if value != neutral and is_timm(args.arch):
+            cli.fail(
+                f"{flag} {value} is for resnet18 and the like, not for {args.arch} of timm; give "
+                f"{flag} {neutral}, or leave it out"
+            )
     local_batch = args.batch_size // world
-    refuse_if(
-        local_batch % args.bn_splits or local_batch < 2 * args.bn_splits,
-        f"{local_batch} images per process do not split into {args.bn_splits} equal groups of 2 or "
-        "more; change --batch-size or --bn-splits",
-    )
-    for flag, value in (("--cuda-graphs", args.cuda_graphs), ("--compile", args.compile)):
-        refuse_if(
-            value and (args.device != "cuda" or world > 1),
-            f"{flag} is for one process on a GPU; leave it out, or give --no-{flag[2:]}",
+    if local_batch % args.bn_splits or local_batch < 2 * args.bn_splits:
+        cli.fail(
+            f"{local_batch} images per process do not split into {args.bn_splits} equal groups of "
+            "2 or more; change --batch-size or --bn-splits"
         )
+    for flag, value in (("--cuda-graphs", args.cuda_graphs), ("--compile", args.compile)):
+        if value and (args.device != "cuda" or world > 1):
+            cli.fail(f"{flag} is for one process on a GPU; leave it out, or give --no-{flag[2:]}")
     most = max(args.num_cluster)
-    refuse_if(
-        most > n,
-        f"{most} clusters are more than the {n} training images; lower --num-cluster",
-    )
+    if most > n:
+        cli.fail(f"{most} clusters are more than the {n} training images; lower --num-cluster")
     check_memory(args, local_batch)
 
 
@@ -729,17 +718,17 @@ def check_memory(args, local_batch):
 
     Only the largest tensors count, so a run that passes may still need too much.
     """
-    weights = 0
+    num_weights = 0
     try:
         with torch.device("meta"):  # shapes without memory
             encoder = build_encoder(args.arch, args.low_dim, image_size=args.image_size)
-        weights = sum(parameter.numel() for parameter in encoder.parameters())
+        num_weights = sum(parameter.numel() for parameter in encoder.parameters())
     except ValueError as error:
         cli.fail(error)
     except RuntimeError:  # a network of the reader's own that has to look at its weights
         pass
     numbers = {
-        "--arch": 4 * weights,  # two encoders, gradients and momentum
+        "--arch": 4 * num_weights,  # two encoders, gradients and momentum
         "--pcl-r and --low-dim": args.pcl_r * args.low_dim,  # the queue
         "--pcl-r and --batch-size": args.pcl_r * local_batch,  # the logits of InfoNCE
         # the views, and at least as much again for each of the first layers
