@@ -265,19 +265,18 @@ def find_checkpoints(args):
         if getattr(args, flag) and len(args.exp_dir or ()) > 1:
             cli.fail(f"--{flag} is for one network; name one --exp-dir")
 
-    paths = []
     if args.pretrained:
         checkpoint.refuse_missing(args.pretrained)
-        paths.append(Path(args.pretrained))
-    else:
-        for directory in args.exp_dir or [None]:
-            paths.append(choose_directory(directory, resume="") / "checkpoint.pth.tar")
-    for path in paths:
+        return [Path(args.pretrained)]
+    paths = []
+    for directory in args.exp_dir or [None]:
+        path = choose_directory(directory, resume="") / "checkpoint.pth.tar"
         if not path.is_file():
             cli.fail(
                 f"there is no {path}; train first with python main_pcl.py, name the run's "
                 "directory with --exp-dir (and data before it), or a file with --pretrained"
             )
+        paths.append(path)
     return paths
 
 
