@@ -607,7 +607,7 @@ def evaluate(subject, baselines, device):
         if table:
             print_broken_images(subject.datasets)
         if table and subject.datasets.has_labels:
-            print_table(table, args.protocol)
+            print_table(table, {}, args.protocol)
             write_result(subject, result)
     return result
 
@@ -912,7 +912,7 @@ def conclude(subjects, results, args):
         fixed = [row for row in mean if row not in deviation]
         if fixed:
             cli.say(f"one network for all runs, so no deviation: {', '.join(fixed)}")
-        print_table(with_deviation(mean, deviation), args.protocol)
+        print_table(mean, deviation, args.protocol)
 
     unwritten = [name for subject in subjects for name in subject.unwritten]
     if args.json:
@@ -957,28 +957,18 @@ def summarize(subjects, results):
     return mean, deviation
 
 
-def with_deviation(mean, deviation):
-    """A table of texts, {row: {figure: "mean ± deviation"}}."""
-    table = {}
-    for row, figures in mean.items():
-        table[row] = {name: f"{value:.1f}" for name, value in figures.items()}
-        for name, value in deviation.get(row, {}).items():
-            table[row][name] += f" ± {value:.1f}"
-    return table
-
-
-def print_table(table, protocol):
-    """Print {network: {figure: number or text}}: probes and kNN, then the agreement of clusters.
+def print_table(table, deviation, protocol):
+    """Print {network: {figure: number}}: probes and kNN, then the agreement of clusters.
 
     The first table has a column per network, the second a line per network and granularity.
+    deviation: standard deviations, like `table`, for the figures that have one.
     protocol: of the linear probe.
     """
-    cells = {}
+    cells = {}  # {network: {figure: text}}
     for row, figures in table.items():
-        cells[row] = {
-            name: value if isinstance(value, str) else f"{value:.1f}"
-            for name, value in figures.items()
-        }
+        cells[row] = {name: f"{value:.1f}" for name, value in figures.items()}
+        for name, value in deviation.get(row, {}).items():
+            cells[row][name] += f" ± {value:.1f}"
 
     # linear probes and kNN
     names = {}  # {figure: what to call it}, which keeps the order
