@@ -403,7 +403,8 @@ def prepare(path, args, device, built):
     }
     identities = {}
     for row, value in hashes.items():
-        identities[row] = [value, *(about[name] for name in SETTINGS[1:])]
+        identity = {**about, "weights": value}
+        identities[row] = [identity[name] for name in SETTINGS]
     metadata = describe_training(found.arch, epoch, stored)
     return Subject(
         path, header, encoder, networks, identities, datasets, args, about, metadata, unwritten=[]
@@ -991,24 +992,23 @@ def print_clusters(cells):
 
     cells: {row: {figure: text}}.
     """
-    lines = []  # (row, granularity, figures)
+    lines = {}  # {(row, granularity): figures of the row}
     endings = set()  # of the figures' names; held-out images have one, training images have not
     for row, figures in cells.items():
         for name in figures:
             if name.startswith("NMI"):
                 _, k, *ending = name.split(" ", 2)
                 endings.update(ending or [""])
-                if (row, k, figures) not in lines:
-                    lines.append((row, k, figures))
+                lines[row, k] = figures
     parts = [part for part in ("", "held out") if part in endings]
     if not parts:
         return
 
-    width = max([17, *(len(f"{row}, {k} ") for row, k, _ in lines)])
+    width = max([17, *(len(f"{row}, {k} ") for row, k in lines)])
     titles = "".join((part or "training images").center(52) for part in parts)
     cli.say("clusters".ljust(width) + titles.rstrip())
     cli.say(" " * width + "".join(f"{name:>13}" for name in AGREEMENT * len(parts)))
-    for row, k, figures in lines:
+    for (row, k), figures in lines.items():
         line = f"{row}, {k}".ljust(width)
         for part in parts:
             for name in AGREEMENT:
