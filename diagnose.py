@@ -162,36 +162,29 @@ def remedies(loss_inst, settings):
         not settings["color_jitter"] or not settings["grayscale"] or settings["crop_min"] > 0.5
     )
 
-    found = []  # (remedy, whether the figures point to it)
+    longer_warmup = (
+        "a longer --warmup, or --cluster-head none: on an untrained encoder the report's head "
+        "collapses"
+    )
+    slower_keys = (
+        "a longer --lr-warmup, a lower --lr, or --moco-m closer to 1: the keys change faster than "
+        "the queue is renewed"
+    )
+    stronger_augmentation = (
+        "a stronger augmentation (--crop-min, --color-jitter, --grayscale): the two views are too "
+        "alike"
+    )
+    more_groups = (
+        "more --bn-splits or, with a network of timm, more processes: batch-norm statistics reveal "
+        "which key belongs to which query"
+    )
+    found = [  # (remedy, whether the figures point to it)
+        (slower_keys, one_point),
+        (stronger_augmentation, weak_augmentation),
+        (more_groups, settings["bn_splits"] == 1),
+    ]
     if settings["cluster_head"] == "report":
-        found.append(
-            (
-                "a longer --warmup, or --cluster-head none: on an untrained encoder the report's "
-                "head collapses",
-                one_point,
-            )
-        )
-    found.append(
-        (
-            "a longer --lr-warmup, a lower --lr, or --moco-m closer to 1: the keys change faster "
-            "than the queue is renewed",
-            one_point,
-        )
-    )
-    found.append(
-        (
-            "a stronger augmentation (--crop-min, --color-jitter, --grayscale): the two views are "
-            "too alike",
-            weak_augmentation,
-        )
-    )
-    found.append(
-        (
-            "more --bn-splits or, with a network of timm, more processes: batch-norm statistics "
-            "reveal which key belongs to which query",
-            settings["bn_splits"] == 1,
-        )
-    )
+        found.insert(0, (longer_warmup, one_point))
     likely = [remedy for remedy, points_here in found if points_here]
     others = [remedy for remedy, points_here in found if not points_here]
     return likely + others
