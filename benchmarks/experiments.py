@@ -490,9 +490,6 @@ def run(job, places, runs):
         figures = {}
     if status == 0:
         figures |= evaluation_figures(directory)
-    other_linear = figures.pop("other_linear", "")
-    figures = {name: f"{float(value):.2f}" for name, value in figures.items()}
-    figures["other_linear"] = other_linear
     images_seen, minutes = training_cost(directory)
     costs = {"images_seen": images_seen, "minutes": f"{minutes:.1f}", "commit": commits}
     return job | figures | costs
@@ -532,20 +529,21 @@ def launch(words, output):
 
 
 def training_figures(directory):
-    """The training accuracies of the last epoch in a run's log; {} if it has no epoch."""
+    """The training accuracies of the last epoch in a run's log, as text; {} if it has no epoch."""
     log = read(directory / "log.csv")
     if not log:
         return {}
-    return {name: log[-1][name] for name in ("acc_inst", "acc_proto")}
+    return {name: f"{float(log[-1][name]):.2f}" for name in ("acc_inst", "acc_proto")}
 
 
 def evaluation_figures(directory):
-    """The figures that eval_lincls.py has found, named as in FIGURES."""
+    """The figures that eval_lincls.py has found, as text, {column of experiments.csv: text}."""
     table = json.loads((directory / "eval.json").read_text())["figures"]["trained"]
     figures = {"linear": table["linear"]}
     figures["knn"] = next(table[name] for name in table if name.startswith("kNN"))
     for name in ("NMI", "AMI", "acc"):
         figures[name.lower()] = table[f"{name} {CLASSES}"]
+    figures = {name: f"{value:.2f}" for name, value in figures.items()}
     others = []
     for name, value in table.items():
         if name.startswith("linear, ") and not name.endswith(", std"):
