@@ -57,7 +57,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
-from torch.nn import BatchNorm1d, Conv2d, Linear, ReLU, Sequential  # noqa: E402
+from torch.nn import BatchNorm1d, Conv2d, Linear, Module, ReLU, Sequential  # noqa: E402
 from torchvision.datasets import CIFAR10  # noqa: E402
 
 import data as data_sets  # noqa: E402
@@ -136,21 +136,20 @@ EXPERIMENTS = read_experiments(Path(__file__).with_suffix(".ini"))
 
 
 # -- patches: a head on the query side -------------------------------------------------------------
-class TwoHeads(Sequential):
+class TwoHeads(Module):
     """Head a and head b: pooled features (N, dim_mlp) -> their outputs, (N, dim) each."""
 
     def __init__(self, a, b, b_takes_pooled):
-        super().__init__(*a)
-        # stored in a's first layer, which ignores it, because old checkpoints name it so
-        self[0].b = b
+        super().__init__()
+        self.a = a
+        self.b = b
         self.b_takes_pooled = b_takes_pooled
 
     def forward(self, pooled):
-        z = super().forward(pooled)
-        b = self[0].b
+        z = self.a(pooled)
         if self.b_takes_pooled:
-            return z, b(pooled)
-        return z, b(z)
+            return z, self.b(pooled)
+        return z, self.b(z)
 
 
 class HeadB(main_pcl.MoCo):

@@ -113,7 +113,7 @@ def test_a_head_b_is_where_it_should_be(name, patch):
     z, b = moco.encoder_q.fc(pooled)
     torch.testing.assert_close(q, F.normalize(z))
     torch.testing.assert_close(c, F.normalize(b))
-    torch.testing.assert_close(b, moco.encoder_q.fc[0].b(pooled if name == "fork" else z))
+    torch.testing.assert_close(b, moco.encoder_q.fc.b(pooled if name == "fork" else z))
 
     # at the start the key encoder equals the query encoder
     clustered = k if name == "predictor" else c.detach()
@@ -121,12 +121,12 @@ def test_a_head_b_is_where_it_should_be(name, patch):
     assert moco.encode(images).shape == (8, 16)
 
     # b learns from c, and its momentum copy follows
-    before = moco.encoder_k.fc[0].b[0].weight.clone()
+    before = moco.encoder_k.fc.b[0].weight.clone()
     value, _ = main_pcl.proto_nce(c, torch.arange(8), eight_clusters(), 8)
     value.backward()
     torch.optim.SGD([p for p in moco.parameters() if p.requires_grad], 1.0).step()
     moco.momentum_update_key_encoder()
-    assert not torch.equal(moco.encoder_k.fc[0].b[0].weight, before)
+    assert not torch.equal(moco.encoder_k.fc.b[0].weight, before)
 
 
 SMALL_CROPS = ("small-views", "small-queries", "small-samples")
