@@ -472,8 +472,8 @@ def find_data(name, image_size, options, built):
     """
     key = str([name, image_size, options])
     if key not in built:
-        reading = cli.phase(f"reading {name}")
-        with reading, distributed.main_process_first():  # so that the others find its download
+        # the first rank before the others, so that they find its download
+        with cli.phase(f"reading {name}"), distributed.main_process_first():
             datasets = built[key] = build_datasets(name, image_size, **options)
         distributed.refuse_other_images(datasets.sources, datasets.image_size)
     return built[key]

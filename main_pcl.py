@@ -443,7 +443,8 @@ def train(run, datasets, stop):
             network = distributed.data_parallel(run.model, unused)
         keys = None
         if e_step_follows and args.features == "keys":
-            keys = clear_keys(run)
+            keys = directory / "features" / "keys"
+            clear_features(keys, first=run.step * args.batch_size)  # those of steps still to come
         train_one_epoch(run, network, loader, random_view, keys, stop)
         image_files.share_broken_images(directory, datasets)
         stop.exit_if_received(save)
@@ -485,13 +486,6 @@ def build_training_loader(datasets, args):
     # images in memory are cropped on the device, others by the loader's workers
     in_memory = datasets.train.pixels is not None
     return loader, RandomView(args.image_size, crop=in_memory, **datasets.augmentation)
-
-
-def clear_keys(run):
-    """The directory for the keys of the current epoch, without those of steps still to come."""
-    keys = Path(run.args.exp_dir) / "features" / "keys"
-    clear_features(keys, first=run.step * run.args.batch_size)
-    return keys
 
 
 def summarize_epoch(run, steps, knn):
@@ -1058,8 +1052,8 @@ def build_and_train(args):
 
     # data and arguments
     augmentation = {name: getattr(args, name) for name in AUGMENTATION}
-    reading = cli.phase("reading images")
-    with reading, distributed.main_process_first():  # so that the others find its download
+    # the first rank before the others, so that they find its download
+    with cli.phase("reading images"), distributed.main_process_first():
         datasets = build_datasets(
             args.data, args.image_size, args.seed, skip_broken=args.skip_broken, **augmentation
         )
@@ -1132,10 +1126,7 @@ def refuse_folder_of_data(data, directory):
 
 def refuse_other_arguments(args):
     """End the program in one line, on all ranks, if their arguments differ in what they compute."""
-    facts = []
-    for name, value in vars(args).items():
-        if name not in MAY_DIFFER:
-            facts.append(f"{name} {value}")
+    facts = [f"{name} {value}" for name, value in vars(args).items() if name not in MAY_DIFFER]
     distributed.refuse_difference("other arguments", facts)
 
 
