@@ -35,11 +35,6 @@ class Clusters(NamedTuple):
     def to(self, device):
         return Clusters(*(tensor.to(device) for tensor in self))
 
-    @classmethod
-    def empty(cls, m, k, d):
-        """Tensors without values, to receive the clusters that another process has found."""
-        return cls(torch.empty(m, dtype=torch.long), torch.empty(k, d), torch.empty(k))
-
 
 def default_num_cluster(n):
     """The published numbers of clusters, scaled from ImageNet to `n` samples."""

@@ -358,10 +358,7 @@ def e_step(run, images, epoch, keys=None):
 
     # then all ranks get all of them
     for i, k in enumerate(granularities):
-        if k not in found:
-            found[k] = Clusters.empty(len(images), k, features.shape[1])
-        for tensor in found[k]:
-            distributed.broadcast(tensor, source=i % world)
+        found[k] = distributed.broadcast_object(found.get(k), source=i % world)
 
     path = Path(args.exp_dir) / "clusters.csv"
     if rank == 0 and epoch == args.epochs - 1:

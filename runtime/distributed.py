@@ -178,18 +178,18 @@ def barrier():
         dist.barrier()
 
 
-def broadcast_object(value):
-    """The first rank's `value`, on every rank."""
+def broadcast_object(value, source=0):
+    """The `value` of rank `source`, on every rank."""
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values, 0)
+        dist.broadcast_object_list(values, source)
     return values[0]
 
 
-def broadcast(tensor, source=0):
-    """Overwrite `tensor` on every rank with that of rank `source`."""
+def broadcast(tensor):
+    """Overwrite `tensor` on every rank with that of the first rank."""
     if dist.is_initialized():
-        dist.broadcast(tensor, source)
+        dist.broadcast(tensor, 0)
 
 
 def set_where_any_rank_has(flags):
