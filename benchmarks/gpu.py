@@ -60,7 +60,7 @@ def train(batch, *flags):
 
 
 def measure(batch, encoders):
-    """A row of the table: {column: value}. encoders: a key of FLAGS."""
+    """A row of the table, one text per column. encoders: a key of FLAGS."""
     torch._dynamo.reset()
     gc.collect()  # captured encoders are in reference cycles
     if torch.cuda.is_available():
@@ -68,12 +68,12 @@ def measure(batch, encoders):
         torch.cuda.reset_peak_memory_stats()
     with Phases({"E-step": (main_pcl, "e_step"), "kNN": (main_pcl, "held_out_knn")}) as phases:
         speed = train(batch, *FLAGS[encoders])[-1]["images_per_second"]
-    cells = [batch, encoders, f"{1000 * batch / speed:.1f}", f"{speed:,.0f}"]
+    cells = [str(batch), encoders, f"{1000 * batch / speed:.1f}", f"{speed:,.0f}"]
     for seconds in phases.whole.values():
         cells.append(f"{seconds[-1]:.2f}" if seconds else "")
     memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0
     cells.append(f"{memory:.2f}")
-    return dict(zip(COLUMNS, cells, strict=True))
+    return cells
 
 
 def profile_steps(batch, encoders):
@@ -124,7 +124,7 @@ def describe_machine():
 
 def print_row(cells):
     """Print a row of a Markdown table at once."""
-    print(f"| {' | '.join(str(cell) for cell in cells)} |", flush=True)
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main(argv=None):
@@ -163,7 +163,7 @@ def main(argv=None):
     print_row(["---"] * len(COLUMNS))
     for batch in batches:
         for encoders in ways:
-            print_row(measure(batch, encoders).values())
+            print_row(measure(batch, encoders))
 
     # the profile
     print()
