@@ -1077,8 +1077,7 @@ def build_and_train(args):
     run = checkpoint.Run(args, model, optimizer, scaler, data=datasets.fingerprint)
 
     with lock(directory), distributed.StopSignals() as stop:
-        compare = functools.partial(image_files.describe_changes, datasets=datasets)
-        changes = checkpoint.resume(directory, run, compare)
+        changes = checkpoint.resume(directory, run, datasets)
         if run.clusters is not None:
             run.clusters = [Clusters(*level).to(device) for level in run.clusters]
         if run.epoch >= args.epochs:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import re
@@ -14,6 +13,7 @@ import safetensors.torch
 import torch
 
 from runtime import directory as run_directory
+from runtime import image_files
 from runtime.cli import fail, format_error
 from runtime.distributed import (
     barrier,
@@ -119,11 +119,10 @@ def _serialize(value):
 
 
 # -- resuming --------------------------------------------------------------------------------------
-def resume(directory, run, compare_images=None):
+def resume(directory, run, datasets):
     """Restore `run` from the checkpoint that --resume or a restart asks for, if there is one.
 
-    compare_images: function of the checkpoint's directory. It returns text that says which training
-        images have changed since that run began.
+    datasets: the run's, to say which training images have changed since it began.
     Returns the arguments that have changed, as {name: [old value, new value]}.
     """
     is_first_rank = get_rank_and_world()[0] == 0
@@ -135,11 +134,10 @@ def resume(directory, run, compare_images=None):
     path = broadcast_object(path)
     changes = {}
     if path is not None:
-        difference = functools.partial(compare_images, path.parent) if compare_images else None
         loaded = read(path)
         if "run" not in loaded:
             fail(f"{path} holds no run to continue; if it holds weights, name it with --init")
-        changes = restore(loaded, run, difference)
+        changes = restore(loaded, run, path.parent, datasets)
         barrier()  # until all ranks have read the file, because the first one soon replaces it
         print_main(f"{directory}: resumed at epoch {run.epoch}, step {run.step}")
     if run.epoch >= run.args.epochs:
@@ -223,10 +221,10 @@ def holds_other_run(directory, path, overwrite):
     return True
 
 
-def restore(checkpoint, run, difference=None):
+def restore(checkpoint, run, folder, datasets):
     """Bring `run` to the state of a checkpoint that `save` has written.
 
-    difference: function that returns what to say if the training images are others, or None.
+    folder: of the checkpoint. With `datasets`, it tells which training images have changed.
     Returns the arguments that have changed, as {name: [old value, new value]}, and prints them.
     Ends the program in one line if the checkpoint does not fit the run, or if an argument has
     changed that cannot.
@@ -235,7 +233,7 @@ def restore(checkpoint, run, difference=None):
         stored = dict(checkpoint["run"])
         position = {name: stored[name] for name in run.position()}
         if position["data"] != run.data:  # first, because other defaults follow from other images
-            text = difference() if difference else ""
+            text = image_files.describe_changes(folder, datasets)
             fail(
                 f"the training images are not those of the checkpoint{text}; restore them, or "
                 "start a new run"
