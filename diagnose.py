@@ -129,7 +129,7 @@ def is_collapsed(log, low_dim):
     128 dimensions: runs that learn have a rank above 9 and a spread above 0.27 in every epoch. Runs
     that collapse onto a point fall below a spread of 0.1 within two epochs, and to a rank of 1.2 to
     2.4. A run whose learning rate was too high at the start kept a spread of 0.3 or more, but its
-    rank fell to 2.2, then 2.6, and it never caught up. LOW_SPREAD and LOW_RANK are a third of what
+    rank was 2.2, then 2.6, and it never caught up. LOW_SPREAD and LOW_RANK are a third of what
     is healthy.
     """
     latest = log[-2:]
@@ -147,7 +147,7 @@ def is_low(row, low_dim):
 
 
 def remedies(loss_inst, settings):
-    """What to try when features are poor, though acc_inst is high, or have collapsed.
+    """What to try if acc_inst is high but the features are poor, or if they have collapsed.
 
     The most likely remedy comes first.
 

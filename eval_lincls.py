@@ -451,7 +451,7 @@ def describe_training(arch, epoch, stored):
     """How a network was trained, as far as its checkpoint says, {name: text}.
 
     epoch: number of epochs, or None. stored: the arguments of one of our runs, or {}. Of a path,
-    only the last part is told, because exported weights are given to others.
+    only the last part is kept, because exported weights are passed on to others.
     """
     metadata = {"arch": arch}
     if epoch is not None:
@@ -504,7 +504,7 @@ def choose_num_cluster(given, stored, datasets):
 
     given: --num-cluster or None; too large a number ends the program in one line.
     stored: the run's own or None; they are replaced if this data set is too small for them.
-    Of weights from elsewhere, the number of classes is enough: thousands of clusters of features
+    For weights from elsewhere, the number of classes is enough: thousands of clusters of features
     as wide as ResNet-50's take hours.
     """
     n = len(datasets.train)

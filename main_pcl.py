@@ -1098,9 +1098,9 @@ def build_and_train(args):
 def refuse_folder_of_data(data, directory):
     """End the program in one line if a run in `directory` would write among its own images.
 
-    Its pictures would be read as images the next time or, in a folder of a part or a class, all
-    images in it would be left out. The same goes for a directory with the name of a data set,
-    because a folder of that name is read in its place.
+    The next start would read the run's pictures as images. If the folder is that of a part or a
+    class, it would leave out all images there. A directory with the name of a data set is refused
+    as well, because a folder of that name is read in place of the data set.
     """
     if data in (None, "", "digits"):
         return

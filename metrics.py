@@ -184,8 +184,8 @@ def top_k(scores, labels, k):
 def accuracy_by_frequency(scores, labels, counts):
     """Top-1 accuracy in percent on frequent, middle and rare classes, a third of the classes each.
 
-    The figure of a third is the mean over its classes, however many images of each `labels` has.
-    Classes without an image in `labels` are left out, and so is a third that has no other class.
+    Within a third, all classes count alike, however many images they have. Classes without an image
+    in `labels` are left out, and so is a third without any other class.
     Of two classes, one is frequent and one is rare.
 
     scores: (n, C). labels: (n,) int64. counts: (C,) training images of each class.

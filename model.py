@@ -130,9 +130,9 @@ class MoCo(nn.Module):
         return [name for name in names if not name.startswith(("encoder_q.", "encoder_k."))]
 
     def no_weight_decay(self):
-        """Names of the parameters, such as positions, that a network of timm spares weight decay.
+        """Names of parameters, such as positions, that timm's network exempts from weight decay.
 
-        timm's optimizers ask for them. They spare biases and norms in any case.
+        timm's optimizers ask for them. They exempt biases and norms in any case.
         """
         network = getattr(self.encoder_q, "network", None)
         if not hasattr(network, "no_weight_decay"):
