@@ -437,10 +437,20 @@ def build_networks(found, stored, path, datasets, args):
     if not args.baselines or not datasets.has_labels:
         return encoder, networks, []
 
-    init = None
-    if not args.pretrained:  # a file from elsewhere must not name another to read
-        init = stored.get("init")
-    row, start, notes = build_start(found, init, path, datasets.image_size)
+    # what training started from: untrained weights, or those of --init; a checkpoint from
+    # elsewhere must not name another file to read
+    start = build(found, path, datasets.image_size)
+    row = "untrained"
+    notes = []
+    init = stored.get("init")
+    if isinstance(init, str) and not args.pretrained:
+        if Path(init).is_file():
+            weights.load_backbone(start, weights.find(checkpoint.read(init), init), init)
+            row = "initial"
+        else:
+            notes.append(
+                f"note: {init}, which training started from, is gone; untrained weights stand in"
+            )
     networks[row] = backbone(start)
     side = min(datasets.image_size, RAW_SIDE)
     networks["raw pixels"] = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(1))
@@ -548,22 +558,6 @@ def build(found, path, image_size, trained_size=None):
     except RuntimeError:  # a network of the reader's own that has to look at its weights
         pass
     return make()
-
-
-def build_start(found, init, path, image_size):
-    """What to compare the trained network with: an untrained one, or the --init it started from.
-
-    found: the trained network. init: the file of --init, or None.
-    Returns the name of its row in the table, the encoder, and a list of lines to print.
-    """
-    start = build(found, path, image_size)
-    if not isinstance(init, str):
-        return "untrained", start, []
-    if not Path(init).is_file():
-        note = f"note: {init}, which training started from, is gone; untrained weights stand in"
-        return "untrained", start, [note]
-    weights.load_backbone(start, weights.find(checkpoint.read(init), init), init)
-    return "initial", start, []
 
 
 def hash_weights(network):
