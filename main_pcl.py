@@ -944,7 +944,6 @@ def add_optimization_arguments(add):
     add(
         "--wd",
         "--weight-decay",
-        dest="wd",
         type=cli.bounded(float, 0, 1000),
         help="weight decay; default: by recipe and optimizer",
     )

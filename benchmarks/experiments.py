@@ -826,7 +826,7 @@ def copy_images(source, out, sizes):
     folders = sorted(source.glob("*/"))
     if len(folders) > len(sizes):
         raise ValueError(f"{source} has {len(folders)} folders, not {len(sizes)}, one per class")
-    for folder, n in zip(folders, sizes[: len(folders)], strict=True):
+    for folder, n in zip(folders, sizes, strict=False):
         for path in sorted(folder.iterdir())[:n]:
             copied = out / folder.name / path.name
             copied.parent.mkdir(parents=True, exist_ok=True)
