@@ -79,7 +79,7 @@ LR = 30.0  # its learning rate (MoCo)
 DRAWS = 5  # random choices of few labels
 MAX_NAMED = 10  # broken images in a message
 IMBALANCED = 10  # times as many images in the largest class as in the smallest
-READ_FROM_RUNS = {"data": str, "image_size": int, "num_cluster": list}  # with their types
+READ_FROM_RUNS = {"data": str, "image_size": cli.image_side, "num_cluster": cli.int_list}
 RAW_SIDE = 32  # pixels; the raw-pixel baseline shrinks larger images to this side
 TEMPERATURE = 0.2  # run_kmeans scales its concentrations to this mean; nothing here reads them
 AGREEMENT = ("NMI", "AMI", "ARI", "acc")
@@ -332,12 +332,7 @@ def prepare(path, args, device, built):
     """
     loaded = checkpoint.read(path)
     found = weights.find(loaded, path)
-    stored = {}  # the arguments of one of our runs
-    if "run" in loaded and isinstance(loaded.get("args"), dict):
-        stored = loaded["args"]
-    for setting, kind in READ_FROM_RUNS.items():
-        if not isinstance(stored.get(setting), kind | None):
-            cli.fail(f"{path} is no checkpoint of a run: its {setting} is no {kind.__name__}")
+    stored = read_arguments(loaded, path)
 
     # data
     name = choose_data(args, stored, path)
@@ -355,7 +350,8 @@ def prepare(path, args, device, built):
     if args.baselines is None:
         args.baselines = args.protocol == "fast"
     labelled = int((datasets.plain.labels >= 0).sum())  # the images that vote
-    args.knn_k = [min(k, labelled) for k in args.knn_k or [default_k(labelled)]]
+    neighbours = args.knn_k or [default_k(labelled)]
+    args.knn_k = list(dict.fromkeys(min(k, labelled) for k in neighbours))  # each once
     if args.workers is None:
         is_little = 3 * n * datasets.image_size**2 <= MANY
         args.workers = 0 if is_little else distributed.default_workers()
@@ -366,12 +362,12 @@ def prepare(path, args, device, built):
     if isinstance(loaded.get("epoch"), int):
         epoch = loaded["epoch"]
         epochs = f", {epoch} epochs"
-    neighbours = ""
+    knn = ""
     if datasets.labelled:
-        neighbours = f"; kNN of {', '.join(map(str, args.knn_k))}"
+        knn = f"; kNN of {', '.join(map(str, args.knn_k))}"
     header = [
         f"{path}, {found.where}: {found.arch}{epochs}",
-        f"on {name}: {datasets.describe()}{neighbours}",
+        f"on {name}: {datasets.describe()}{knn}",
         *(f"note: {note}" for note in datasets.notes),
     ]
     if not datasets.has_labels:
@@ -409,6 +405,25 @@ def prepare(path, args, device, built):
     return Subject(
         path, header, encoder, networks, identities, datasets, args, about, metadata, unwritten=[]
     )
+
+
+def read_arguments(loaded, path):
+    """The arguments of one of our runs, {name: value}, or {} if `loaded` is of another project.
+
+    Ends the program in one line if one that READ_FROM_RUNS names is malformed.
+    """
+    if "run" not in loaded or not isinstance(loaded.get("args"), dict):
+        return {}
+    stored = loaded["args"]
+    for name, kind in READ_FROM_RUNS.items():
+        value = stored.get(name)
+        if value is None:
+            continue
+        try:
+            stored[name] = cli.convert_stored(kind, value)
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            cli.fail(f"{path} is no checkpoint of a run: its {name} is {value!r} ({error})")
+    return stored
 
 
 def choose_data(args, stored, path):

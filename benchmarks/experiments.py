@@ -361,7 +361,7 @@ def command_of(data, flags, seed):
             name = word.replace("--no-", "--")
             earlier = chosen.get(name)
             chosen[name] = [word]
-        elif word[0] == "x":  # a multiple of the flag's earlier value
+        elif word[0] == "x" and word[1:].isdigit():  # a multiple of the flag's earlier value
             chosen[name].append(str(int(word[1:]) * int(earlier[1])))
         else:
             chosen[name].append(word)

@@ -237,15 +237,20 @@ def checked(action, value):
         if not isinstance(value, bool):
             raise TypeError
         return value
-    convert = action.type or str
+    kind = action.type or str
     if action.nargs == "*":
-        return [convert(str(item)) for item in value]
-    if isinstance(value, list):
-        value = ",".join(map(str, value))
-    value = convert(str(value))
+        return [kind(str(item)) for item in value]
+    value = convert_stored(kind, value)
     if action.choices and value not in action.choices:
         raise ValueError
     return value
+
+
+def convert_stored(kind, value):
+    """A stored `value` as the argparse type `kind` gives it. Raises that type's errors."""
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    return kind(str(value))
 
 
 def name_changes(old, new):

@@ -57,13 +57,26 @@ def test_a_run_that_an_older_version_stopped_within_an_epoch_continues(
     assert parts == whole
 
 
-@pytest.mark.parametrize("name, value", [("data", 5), ("image_size", "x"), ("num_cluster", "x")])
-def test_settings_of_another_type_get_one_line(vit, tmp_path, capsys, name, value):
+@pytest.mark.parametrize(
+    "name, value, problem",
+    [
+        ("data", 5, "was trained on 5, which is not there"),
+        ("image_size", "x", "its image_size is 'x'"),
+        ("image_size", 0, "its image_size is 0 (must be at least 1"),
+        ("image_size", True, "its image_size is True"),
+        ("num_cluster", "x", "its num_cluster is 'x'"),
+        ("num_cluster", [4, 0], "its num_cluster is [4, 0] (must be at least 1"),
+        ("num_cluster", ["a"], "its num_cluster is ['a']"),
+        ("num_cluster", [[2]], "its num_cluster is [[2]]"),
+        ("num_cluster", [], "its num_cluster is []"),
+    ],
+)
+def test_settings_that_no_run_has_get_one_line(vit, tmp_path, capsys, name, value, problem):
     stored = torch.load(vit / CHECKPOINT, weights_only=True)
     stored["args"][name] = value
     torch.save(stored, tmp_path / CHECKPOINT)
     error = fails(capsys, eval_lincls.main, "--exp-dir", tmp_path)
-    assert f"its {name} is no" in error
+    assert problem in error
 
 
 def test_tensors_called_like_a_run_cannot_be_resumed(folder, tmp_path, capsys):

@@ -487,6 +487,13 @@ def test_only_labelled_images_vote_and_count(finished, capsys, monkeypatch):
     assert f"kNN {1437 // 2}" in figures["trained"]
 
 
+def test_a_vote_of_the_same_neighbours_is_counted_once(finished, capsys):
+    evaluate("--exp-dir", finished, *FAST, "--knn-k", 5, 5, 100, 200)  # of 48 training images
+    output = capsys.readouterr().out
+    assert "kNN of 5, 48\n" in output
+    assert output.count("\nkNN 48") == 1
+
+
 def test_features_that_are_not_finite_name_their_image(finished, folder, capsys, monkeypatch):
     stored = torch.load(finished / "checkpoint.pth.tar", weights_only=True)
     for name, value in stored["state_dict"].items():

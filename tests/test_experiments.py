@@ -79,6 +79,11 @@ def test_the_last_of_equal_flags_counts_and_values_multiply():
     assert command == f"python benchmarks/experiments.py --patched topk -- {expected}"
 
 
+def test_a_value_may_begin_like_a_multiple():
+    command = experiments.command_of("D", "-a xcit_nano_12_p8_224", seed=3)
+    assert "-a xcit_nano_12_p8_224" in command
+
+
 # -- patches ---------------------------------------------------------------------------------------
 def test_an_unknown_patch_is_named_in_one_line(capsys):
     assert "no patch is called twins" in fails(capsys, experiments.main, "--patched", "twins", "--")
