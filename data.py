@@ -962,34 +962,27 @@ class Branch:
     """A folder and what is in it.
 
     path: text. `images`: names of the images in it, sorted. `children`: {name: Branch} of the
-    folders in it. `count`: number of images in it and below. `is_readable`: whether all of it is.
-    `holds_run`: whether a run's folder in it or below was left out.
+    folders in it. `is_readable`: whether it is. `holds_run`: whether a run's folder was left out.
     """
 
-    def __init__(self, path, parent=None):
+    def __init__(self, path):
         self.path = path
-        self.parent = parent
         self.images = []
         self.children = {}
-        self.count = 0
         self.is_readable = True
         self.holds_run = False
 
-    def with_parents(self):
-        """This Branch, and all Branches around it."""
-        branch = self
-        while branch is not None:
-            yield branch
-            branch = branch.parent
+    def with_folders(self):
+        """This Branch, and the Branches of all folders in it, at any depth."""
+        branches = [self]
+        for branch in branches:  # which grows on the way
+            branches += branch.children.values()
+        return branches
 
-    def note_run(self):
-        for branch in self.with_parents():
-            branch.holds_run = True
-
-    def add_images(self, names):
-        self.images = sorted(names)
-        for branch in self.with_parents():
-            branch.count += len(names)
+    @functools.cached_property
+    def count(self):
+        """The number of images in it and below."""
+        return sum(len(branch.images) for branch in self.with_folders())
 
     def full(self):
         """The folders in it with images in or below them, {name: Branch}, sorted by name."""
@@ -1000,11 +993,8 @@ class Branch:
     def paths(self):
         """The paths of the images in it and below, folder by folder."""
         found = []
-        branches = [self]
-        while branches:
-            branch = branches.pop()
+        for branch in self.with_folders():
             found += [(branch.path, name) for name in branch.images]
-            branches += branch.children.values()
         return [os.path.join(*pair) for pair in sorted(found)]
 
 
@@ -1017,37 +1007,35 @@ def _scan(root, record):
     def note_unreadable(error):
         record.skipped["unreadable folder"] += 1
         if error.filename in branches:
-            for branch in branches[error.filename].with_parents():
-                branch.is_readable = False
+            branches[error.filename].is_readable = False
 
     for path, folders, names in os.walk(top.path, onerror=note_unreadable, followlinks=True):
         branch = branches[path]
         if names == ["broken.txt"] and not folders:  # of a run that broken images have ended
             record.skipped[RUN] += 1
-            branch.note_run()
+            branch.holds_run = True
             continue
-        images = []
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if name.startswith("."):
                 record.skipped["hidden file"] += 1
             elif suffix in suffixes:
-                images.append(name)
+                branch.images.append(name)
             else:
                 record.skipped[suffix or "file without suffix"] += 1
-        branch.add_images(images)
+        branch.images.sort()
 
         for name in list(folders):
             folder = os.path.join(path, name)
-            what = _why_to_skip(folder, name, images)
+            what = _why_to_skip(folder, name, branch.images)
             if what == RUN:
-                branch.note_run()
+                branch.holds_run = True
             if what is not None:
                 record.skipped[what] += 1
                 folders.remove(name)
                 continue
             _check_link(Path(folder))
-            branches[folder] = branch.children[name] = Branch(folder, branch)
+            branches[folder] = branch.children[name] = Branch(folder)
     return top
 
 
@@ -1187,9 +1175,10 @@ def _read_branch(branch, fewest, record):
         return _unlabelled(branch)
 
     for _, child in sorted(branch.children.items()):
-        if fewest == 1 and not child.count and not child.holds_run:
+        folders = child.with_folders()
+        if fewest == 1 and not child.count and not any(folder.holds_run for folder in folders):
             advice = "remove it"
-            if not child.is_readable:
+            if not all(folder.is_readable for folder in folders):
                 advice = "it, or a folder in it, cannot be read: look at their permissions"
             raise DataError(f"the class folder {child.path!r} has no images; {advice}")
     record.skipped["image beside the class folders"] += beside
