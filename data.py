@@ -144,8 +144,6 @@ class Images(Dataset):
     @property
     def labels(self):
         """(n,) int64. It is -1 for an image without a label, and for one found to be broken."""
-        if not self.source.broken.any():
-            return self.source.labels
         return self.source.labels.masked_fill(self.source.broken, -1)
 
     def set_epoch(self, epoch):
