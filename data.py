@@ -336,10 +336,9 @@ def load_into_memory(datasets, device="cpu", workers=0):
     # Read the held-out images, and name all broken ones at once.
     val = datasets.val
     if val is not None:
-        val_pixels = _read_all(val, (3, side, side), "reading held-out images", workers)
+        pixels = _read_all(val, (3, side, side), "reading held-out images", workers)
+        val = Images(val.source, val.view, pixels=pixels.to(device))
     refuse_broken(datasets.sources)
-    if val is not None:
-        val = Images(val.source, val.view, pixels=val_pixels.to(device))
 
     # Read the training images again under the plain view, unless it shows all of the image.
     train_pixels = train_pixels.to(device)
