@@ -931,25 +931,23 @@ class Record:
     """What was left out when a folder was read, and notes on what is not certain."""
 
     def __init__(self):
-        self.skipped = Counter()  # {a file's suffix or what else it is: number}
+        self.suffixes = Counter()  # {suffix: number of files that are no images}
+        self.skipped = Counter()  # {what it is otherwise: number}
         self.folders = []  # in words
         self.notes = []
 
     def left_out(self):
         """What was left out, such as "20 .gif, 1 hidden folder"; "" if nothing was."""
         parts = []
-        suffixes = Counter()
-        for what, number in self.skipped.items():
-            if what.startswith("."):
-                suffixes[what] = number
-        for suffix, number in suffixes.most_common(SHOWN):
+        most_common = self.suffixes.most_common(SHOWN)
+        for suffix, number in most_common:
             name = suffix if suffix.isprintable() else repr(suffix)
             parts.append(f"{number} {name}{PLUG_INS.get(suffix, '')}")
-        number = suffixes.total() - sum(n for _, n in suffixes.most_common(SHOWN))
-        if number:
-            parts.append(_count(number, "other file"))
+        others = self.suffixes.total() - sum(number for _, number in most_common)
+        if others:
+            parts.append(_count(others, "other file"))
         for what, number in self.skipped.items():
-            if number and not what.startswith("."):
+            if number:
                 plural = re.sub(r"\b(file|folder|image)\b", r"\1s", what, count=1)
                 parts.append(_count(number, what, plural))
         return ", ".join(parts + self.folders)
@@ -1018,8 +1016,10 @@ def _scan(root, record):
                 record.skipped["hidden file"] += 1
             elif suffix in suffixes:
                 branch.images.append(name)
+            elif suffix:
+                record.suffixes[suffix] += 1
             else:
-                record.skipped[suffix or "file without suffix"] += 1
+                record.skipped["file without suffix"] += 1
         branch.images.sort()
 
         for name in list(folders):
