@@ -995,7 +995,7 @@ class Branch:
 
 def _scan(root, record):
     """The Branch of the folder `root`. Hidden files and other odd ones go to the `record`."""
-    suffixes = _image_suffixes()
+    suffixes = set(SUFFIXES) & set(Image.registered_extensions())  # those that this Pillow reads
     top = Branch(str(root))
     branches = {top.path: top}
 
@@ -1034,11 +1034,6 @@ def _scan(root, record):
             _check_link(Path(folder))
             branches[folder] = branch.children[name] = Branch(folder)
     return top
-
-
-def _image_suffixes():
-    """The suffixes of the files to read, as far as this Pillow reads them."""
-    return set(SUFFIXES) & set(Image.registered_extensions())
 
 
 def _why_to_skip(folder, name, images):
