@@ -244,8 +244,8 @@ def _resize_matrices(start, length, n, size):
 
     start, length: (2, N, 1, 1) first pixel and number of pixels of the part.
     """
-    pixel = pixel_centres(n, start.device)
-    new_pixel = pixel_centres(size, start.device)[:, None]
+    pixel = torch.arange(0.5, n, device=start.device)  # the pixels' centres
+    new_pixel = torch.arange(0.5, size, device=start.device)[:, None]
     step = length / size  # old pixels per new pixel
     distance = (pixel - (start + new_pixel * step)).abs_()
     weight = (1 - distance.div_(step.clamp(min=1))).clamp_(min=0)
@@ -342,12 +342,6 @@ def normalize(x):
         x = x / 255
     x = (x - per_channel(MEAN, x.device)) / per_channel(STD, x.device)
     return x.contiguous(memory_format=torch.channels_last)
-
-
-@functools.cache
-def pixel_centres(n, device):
-    """The centres of n pixels: 0.5, 1.5 and so on (n,)."""
-    return torch.arange(0.5, n, device=device)
 
 
 @functools.cache
