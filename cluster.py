@@ -133,8 +133,6 @@ def _faiss_kmeans(features, k, niter, seed, start):
         config = faiss.GpuIndexFlatConfig()
         if torch.cuda.is_available():
             config.device = torch.cuda.current_device()
-        else:
-            config.device = 0
         kmeans.index = faiss.GpuIndexFlatL2(_gpu_resources(), features.shape[1], config)
     kmeans.train(features, init_centroids=start)
     squared, assignment = kmeans.assign(features)
