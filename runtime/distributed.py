@@ -269,10 +269,7 @@ def data_parallel(model, unused=()):
     if get_rank_and_world()[1] == 1:
         return model
     model._ddp_params_and_buffers_to_ignore = list(unused)  # DistributedDataParallel reads this
-    device_ids = None
-    if next(model.parameters()).is_cuda:
-        device_ids = [torch.cuda.current_device()]
-    parallel = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     # Set here, because the constructor with this option would not make the buffers of all ranks
     # equal at the start. main_pcl.py broadcasts them once per epoch.
     parallel.broadcast_buffers = False
