@@ -222,11 +222,10 @@ def concentration(distances, im2cluster, num_cluster, temperature, lengths=None)
     if lengths is not None:
         error = ROUNDING * np.bincount(im2cluster, weights=lengths, minlength=num_cluster)
     is_point = (size <= 1) | (total <= error)
-    if not is_point.all():
-        usual = np.percentile(extent[~is_point], 90)
-        is_point |= extent < POINT * usual
     if is_point.all():
         return np.full(num_cluster, temperature, dtype=np.float32)
+    usual = np.percentile(extent[~is_point], 90)
+    is_point |= extent < POINT * usual
     phi[is_point] = phi[~is_point].max()
 
     low, high = np.percentile(phi, [10, 90])
