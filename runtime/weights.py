@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from runtime.checkpoint import save_tensors
-from runtime.cli import fail, format_error
+from runtime.cli import fail
 from runtime.directory import write_atomically
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
@@ -75,7 +75,7 @@ def find_resnet(checkpoint, path):
         if name.startswith(prefix):
             names[name.removeprefix(prefix)] = tensor
     state = rename_as_in_torchvision(names)
-    where = format_error(prefix.removesuffix(", under ") or "top level")
+    where = prefix.removesuffix(", under ") or "top level"
 
     # the first and the last convolution give the width, and must agree on it
     first = list(state["conv1.weight"].shape) if "conv1.weight" in state else "missing"
@@ -88,11 +88,10 @@ def find_resnet(checkpoint, path):
         if isinstance(checkpoint, dict):
             keys += checkpoint
         shown = [key[:80] for key in keys if isinstance(key, str)][:3]
-        message = (
+        fail(
             f"{path} holds no ResNet that can be read: {where} has {shown}; conv1.weight is "
             f"{first}, layer4.0.conv2.weight {last}, not [W, 3, k, k] and [8W, 8W, 3, 3]"
         )
-        fail(format_error(message))
 
     # the number of blocks and of convolutions in each gives the depth
     blocks = {tuple(name.split(".")[:2]) for name in state if name.startswith("layer")}
@@ -202,8 +201,8 @@ def refuse_misfits(encoder, found, path, advice=""):
             shapes = [list(tensor.shape) for tensor in (found.state[name], own[name])]
             wrong.append(f"{shown} is {shapes[0]}, not {shapes[1]}")
     if wrong:
-        message = f"{path} does not hold the weights of a {found.arch}: {', '.join(wrong[:3])}"
-        fail(format_error(message + advice))
+        wrong = ", ".join(wrong[:3])
+        fail(f"{path} does not hold the weights of a {found.arch}: {wrong}{advice}")
 
 
 def state_without_fc(encoder):
