@@ -445,7 +445,7 @@ def warn_if_unwritable(path, unwritten=None):
         yield
     except OSError as error:
         reason = error.strerror or error
-        say(format_error(f"warning: cannot write {path}: {reason}"), sys.stderr)
+        say(f"warning: cannot write {path}: {reason}", sys.stderr)
         if unwritten is not None:
             unwritten.append(path)
 
