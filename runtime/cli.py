@@ -21,42 +21,34 @@ from runtime import start
 from runtime.start import is_first_rank
 
 NOT_FROM_CONFIG = ("exp_dir", "resume", "overwrite", "config", "cuda_graphs")
-FOREIGN = (  # flags of similar projects, and what to use here: a flag or a sentence
-    (
-        ("--data", "--data-dir", "--data-path", "--data-root", "--dataset", "--root"),
-        "name the data without a flag, for example: python {program} path/to/folder",
+FOREIGN = {  # {flags of similar projects: what to use here, a flag or a sentence}
+    "--data --data-dir --data-path --data-root --dataset --root": (
+        "name the data without a flag, for example: python {program} path/to/folder"
     ),
-    (
-        ("--gpu", "--gpus", "--gpu-id", "--gpu-ids", "--device", "--devices", "--cuda"),
-        "choose the GPU in front of the command: CUDA_VISIBLE_DEVICES=0 python {program}",
+    "--gpu --gpus --gpu-id --gpu-ids --device --devices --cuda": (
+        "choose the GPU in front of the command: CUDA_VISIBLE_DEVICES=0 python {program}"
     ),
-    (
-        ("--world-size", "--rank", "--local-rank", "--dist-url", "--dist-backend", "--distributed"),
-        "start one process per GPU: torchrun --nproc_per_node=8 {program}",
+    "--world-size --rank --local-rank --dist-url --dist-backend --distributed "
+    "--multiprocessing-distributed --nproc --nproc-per-node --nodes --nnodes": (
+        "start one process per GPU: torchrun --nproc_per_node=8 {program}"
     ),
-    (
-        ("--multiprocessing-distributed", "--nproc", "--nproc-per-node", "--nodes", "--nnodes"),
-        "start one process per GPU: torchrun --nproc_per_node=8 {program}",
+    "-e --evaluate --eval": "evaluate with python eval_lincls.py",
+    "-p --print-freq": "a run prints a line per epoch, and a line per minute in longer ones",
+    "--output-dir --output --out --out-dir --save-dir --log-dir --name --id --tag": "--exp-dir",
+    "--num-workers --n-workers --num-works": "--workers",
+    "--pretrained --weights --checkpoint --ckpt": "--init",
+    "--init --weights --checkpoint --ckpt": "--pretrained",
+    "-a --arch": "the checkpoint says which network it is",
+    "--schedule --epochs --wd --weight-decay": (
+        "the probes have settings of their own; --protocol moco is the published one"
     ),
-    (("-e", "--evaluate", "--eval"), "evaluate with python eval_lincls.py"),
-    (("-p", "--print-freq"), "a run prints a line per epoch, and a line per minute in longer ones"),
-    (("--output-dir", "--output", "--out", "--out-dir", "--save-dir", "--log-dir"), "--exp-dir"),
-    (("--num-workers", "--n-workers", "--num-works"), "--workers"),
-    (("--pretrained", "--weights", "--checkpoint", "--ckpt"), "--init"),
-    (("--init", "--weights", "--checkpoint", "--ckpt"), "--pretrained"),
-    (("-a", "--arch"), "the checkpoint says which network it is"),
-    (
-        ("--schedule", "--epochs", "--wd", "--weight-decay"),
-        "the probes have settings of their own; --protocol moco is the published one",
-    ),
-    (("--moco-dim", "--dim", "--feat-dim", "--feature-dim"), "--low-dim"),
-    (("--moco-k", "--queue-size", "--nce-k"), "--pcl-r"),
-    (("--moco-t", "--tau", "--nce-t", "--temp"), "--temperature"),
-    (("--fp16", "--bf16", "--half", "--mixed-precision"), "--amp"),
-    (("--name", "--id", "--tag"), "--exp-dir"),
-    (("--size", "--img-size", "--crop-size", "--resolution"), "--image-size"),
-    (("--bs", "--bsz", "--batch"), "--batch-size"),
-)
+    "--moco-dim --dim --feat-dim --feature-dim": "--low-dim",
+    "--moco-k --queue-size --nce-k": "--pcl-r",
+    "--moco-t --tau --nce-t --temp": "--temperature",
+    "--fp16 --bf16 --half --mixed-precision": "--amp",
+    "--size --img-size --crop-size --resolution": "--image-size",
+    "--bs --bsz --batch": "--batch-size",
+}
 
 
 # -- arguments -------------------------------------------------------------------------------------
@@ -93,10 +85,12 @@ class Parser(argparse.ArgumentParser):
         """What to use in place of a flag that does not exist, or ""."""
         known = self._option_string_actions
         flag = unknown.lower().replace("_", "-")
-        for names, instead in FOREIGN:
-            if flag in names and not instead.startswith("-"):
+        for names, instead in FOREIGN.items():
+            if flag not in names.split():
+                continue
+            if not instead.startswith("-"):
                 return f"; {instead.format(program=program_name())}"
-            if flag in names and instead in known:
+            if instead in known:
                 return f"; did you mean {instead}?"
         close = difflib.get_close_matches(flag, known, 1, cutoff=0.75)
         if close:
