@@ -433,15 +433,12 @@ def build_datasets(
     """
     # Find the images.
     digits = data in (None, "digits")
-    left_out = ""
-    notes = []
+    record = Record()
     if digits:
         train = Digits(slice(None, -360))
         val = Digits(slice(-360, None))  # by other writers than the training digits
     elif data and Path(data).is_dir():  # "" would be the current folder
-        train, val, record = read_root(Path(data))
-        left_out = record.left_out()
-        notes = record.notes
+        train, val = read_root(Path(data), record)
     elif data in DOWNLOADS:
         train, val = _download(data, download_dir)
     else:
@@ -471,7 +468,7 @@ def build_datasets(
     }
     train = Source(train, **reading)
     train.broken[[i for i, header in headers.items() if header is None]] = True
-    notes = [*notes, *more_notes, *_warn_of_blank_images(train)]
+    notes = [*record.notes, *more_notes, *_warn_of_blank_images(train)]
 
     # Attach the views.
     two_crops = TwoCrops(image_size, scale=(settings["crop_min"], 1.0))
@@ -490,7 +487,7 @@ def build_datasets(
         image_size=image_size,
         augmentation=settings,
         fingerprint=_fingerprint(train),
-        left_out=left_out,
+        left_out=record.left_out(),
         notes=tuple(notes),
     )
 
@@ -888,7 +885,7 @@ class Paths:
         return os.fsdecode(self.text[start:end])
 
 
-def read_root(root):
+def read_root(root, record):
     """The images of the folder `root`, by the first of these layouts that fits.
 
     - parts: train/ and perhaps val/ or test/ (TRAIN_PARTS and HELD_OUT_PARTS have the other names),
@@ -897,10 +894,10 @@ def read_root(root):
     - images at any depth, without classes.
 
     Folders around all that, alone in their parent, make no difference.
-    Returns (training images, held-out images or None, Record). The images are a Folder each.
+    record: a Record, which is told what is left out or not certain.
+    Returns the training images and the held-out images or None, each a Folder.
     Raises DataError if there are no images, or if the layout is unclear.
     """
-    record = Record()
     branch = _scan(root, record)
     top = _unwrap(branch)
     train_names = sorted(filter(_is_train, top.children), key=_part_key)
@@ -924,7 +921,7 @@ def read_root(root):
         )
     if top is not branch and train.root != branch.path:
         record.notes.append(f"the images are in {top.path!r}")
-    return train, val, record
+    return train, val
 
 
 class Record:
@@ -1078,7 +1075,7 @@ def _is_held_out(name):
 
 
 def _part(name):
-    """The name of a part in the spelling of PARTS: "Train_Set" and "train2017" are "train"."""
+    """The name of a part as TRAIN_PARTS spells it: "Train_Set" and "train2017" are "train"."""
     words = re.split(r"[\W_]+", name.lower())
     word = "".join(word for word in words if word not in ("set", "data", "images", "split"))
     return re.sub(r"(set|\d+)$", "", word)
