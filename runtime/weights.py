@@ -133,15 +133,13 @@ def find_prefix(tensors):
 
     Torchvision's names come before lightly's numbers, the query side before the key side.
     """
-    best = None
-    for name in tensors:
-        match = FIRST_BLOCK.fullmatch(name)
-        if match is None:
-            continue
+
+    def rank(match):
         prefix, first_layer = match.groups()
-        rank = (first_layer != "layer1", bool(KEY_SIDE.search(prefix)))
-        if best is None or rank < best[0]:
-            best = (rank, prefix)
+        return first_layer != "layer1", bool(KEY_SIDE.search(prefix))
+
+    matches = filter(None, map(FIRST_BLOCK.fullmatch, tensors))
+    best = min(matches, key=rank, default=None)
     return "" if best is None else best[1]
 
 
