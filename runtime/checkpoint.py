@@ -303,8 +303,10 @@ def check_position(position, run):
         if value is not None and type(position[name]) is not type(value):
             raise ValueError(name)
     for name, total in position["totals"].items():
-        is_square = isinstance(total, torch.Tensor) and total.shape == (len(total), len(total))
-        if not (is_square if name == "moments" else isinstance(total, float)):
+        fits = isinstance(total, float)
+        if name == "moments":
+            fits = isinstance(total, torch.Tensor) and total.shape == (len(total), len(total))
+        if not fits:
             raise ValueError("totals")
     if position["step"] and not position["totals"].keys() >= PRINTED:
         raise ValueError("totals")
