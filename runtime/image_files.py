@@ -41,15 +41,15 @@ def share_broken_images(directory, datasets, is_held=True):
     """Let every rank know which images any rank has found broken. List them if `is_held`."""
     for source in datasets.sources:
         set_where_any_rank_has(source.broken)
-    if is_held and get_rank_and_world()[0] == 0 and datasets.num_broken() > 0:
-        list_broken_images(directory, datasets)
+    if is_held:
+        renew_list(directory, datasets)
 
 
-def renew_list(directory, datasets, is_new):
-    """Let broken.txt in a run's directory be this run's, on the first rank.
+def renew_list(directory, datasets, is_new=False):
+    """List the images that were found to be broken, on the first rank, if there are any.
 
-    The images were read before the directory was this run's, so they are not listed yet, and a
-    start that failed may have left its own list. is_new: whether the run begins here.
+    is_new: whether the run begins here. A list is then that of a start that failed: without broken
+        images, it is removed.
     """
     if get_rank_and_world()[0] > 0:
         return
