@@ -33,7 +33,7 @@ def init_distributed():
     """Join the other processes if torchrun has started any. Returns this process's device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        number = int(os.environ.get("LOCAL_RANK", 0))
+        number = number_from_launcher("LOCAL_RANK", default=0)
         visible = torch.cuda.device_count()
         if number >= visible:
             fail(f"process {number} of this machine sees {visible} GPUs; start one process per GPU")
@@ -76,14 +76,14 @@ def check_launch():
         fail(f"RANK is {rank}, but WORLD_SIZE is {world}: ranks count from 0; {advice}")
 
 
-def number_from_launcher(name):
-    """The number in the variable `name`, which torchrun sets for each process; 1 without it.
+def number_from_launcher(name, default=1):
+    """The number in the variable `name`, which torchrun sets for each process, or `default`.
 
     Containers and jobs set some of these variables as well, but not RANK. Raises ValueError.
     """
     if not os.environ.get("RANK"):
-        return 1
-    return int(os.environ.get(name, 1))
+        return default
+    return int(os.environ.get(name, default))
 
 
 def wait_for_launcher():
