@@ -78,10 +78,9 @@ def find_resnet(checkpoint, path):
     where = prefix.removesuffix(", under ") or "top level"
 
     # the first and the last convolution give the width, and must agree on it
-    first = list(state["conv1.weight"].shape) if "conv1.weight" in state else "missing"
-    last = "missing"
-    if "layer4.0.conv2.weight" in state:
-        last = list(state["layer4.0.conv2.weight"].shape)
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    first = shapes.get("conv1.weight", "missing")
+    last = shapes.get("layer4.0.conv2.weight", "missing")
     fits = len(first) == 4 and first[1] == 3 and last == [8 * first[0], 8 * first[0], 3, 3]
     if not fits:
         keys = list(names)
