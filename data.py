@@ -54,8 +54,8 @@ DOWNLOADS = {
 
 
 # -- suffixes, and names of folders ----------------------------------------------------------------
-SUFFIXES = (*tv_datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".pbm", ".pfm", ".pnm")
-SUFFIXES += (".avif", ".heic", ".heif")  # only if Pillow has the plug-in
+SUFFIXES = {*tv_datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".pbm", ".pfm", ".pnm"}
+SUFFIXES |= {".avif", ".heic", ".heif"}  # only if Pillow has the plug-in
 PLUG_INS = {
     ".avif": " (a newer Pillow reads them)",
     ".heic": " (pip install pillow-heif to read them)",
@@ -992,7 +992,7 @@ class Branch:
 
 def _scan(root, record):
     """The Branch of the folder `root`. Hidden files and other odd ones go to the `record`."""
-    suffixes = set(SUFFIXES) & set(Image.registered_extensions())  # those that this Pillow reads
+    suffixes = SUFFIXES & Image.registered_extensions().keys()  # those that this Pillow reads
     top = Branch(str(root))
     branches = {top.path: top}
 
