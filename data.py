@@ -900,11 +900,12 @@ def read_root(root, record):
     """
     branch = _scan(root, record)
     top = _unwrap(branch)
+    name = os.path.basename(os.path.abspath(root))  # also if it was given as "."
     train_names = sorted(filter(_is_train, top.children), key=_part_key)
     train_names.sort(key=lambda name: top.children[name].count == 0)  # empty ones last
     if train_names:
         train, val = _read_parts(top, train_names[0], record)
-    elif _is_train(root.name) or _is_held_out(root.name):  # `root` is one part of a larger folder
+    elif _is_train(name) or _is_held_out(name):  # `root` is one part of a larger folder
         top = branch
         train = _read_branch(top, 1, record)
         val = None

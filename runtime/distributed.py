@@ -32,6 +32,8 @@ SIZES = 1000  # image files whose sizes are compared between ranks
 def init_distributed():
     """Join the other processes if torchrun has started any. Returns this process's device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if os.environ.get("RANK"):
+        check_launch()
     if device == "cuda":
         number = number_from_launcher("LOCAL_RANK", default=0)
         visible = torch.cuda.device_count()
@@ -40,7 +42,6 @@ def init_distributed():
         torch.cuda.set_device(number)
     if not os.environ.get("RANK"):
         return device
-    check_launch()
 
     # on one machine, listen on the loopback device only
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
@@ -63,14 +64,15 @@ def init_distributed():
 
 
 def check_launch():
-    """End the program in one line if the variables that torchrun sets are not all there."""
+    """End the program in one line if a variable that torchrun sets is missing or malformed."""
     advice = "start with torchrun, or unset RANK to use one process"
     missing = [name for name in LAUNCH if not os.environ.get(name)]
     if missing:
         fail(f"RANK is set, but {' and '.join(missing)} not; {advice}")
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not os.environ[name].isdecimal():
-            fail(f"{name} is {os.environ[name]!r}, not a number; {advice}")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = os.environ.get(name)
+        if text and not text.isdecimal():
+            fail(f"{name} is {text!r}, not a number; {advice}")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank >= world:
         fail(f"RANK is {rank}, but WORLD_SIZE is {world}: ranks count from 0; {advice}")
@@ -79,11 +81,11 @@ def check_launch():
 def number_from_launcher(name, default=1):
     """The number in the variable `name`, which torchrun sets for each process, or `default`.
 
-    Containers and jobs set some of these variables as well, but not RANK. Raises ValueError.
+    Containers and jobs set some of these variables as well, but not RANK.
     """
     if not os.environ.get("RANK"):
         return default
-    return int(os.environ.get(name, default))
+    return int(os.environ.get(name) or default)
 
 
 def wait_for_launcher():
@@ -150,9 +152,8 @@ def default_workers():
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS; a container or job may use fewer cores
         cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(ValueError, ZeroDivisionError):
-        cores = cores // number_from_launcher("LOCAL_WORLD_SIZE")  # ranks on this node
-    return min(8, max(1, cores))
+    ranks = max(1, number_from_launcher("LOCAL_WORLD_SIZE"))  # on this node
+    return min(8, max(1, cores // ranks))
 
 
 def print_main(text):

@@ -72,6 +72,12 @@ def test_names_of_parts_do_not_change_a_fingerprint(tmp_path):
     assert build_datasets(str(tmp_path / "a" / "train")).fingerprint == a.fingerprint
 
 
+def test_the_current_folder_may_be_a_part(tmp_path, monkeypatch):
+    write_classes(tmp_path / "train", classes=["ant"])
+    monkeypatch.chdir(tmp_path / "train")
+    assert build_datasets(".").classes == ["ant"]
+
+
 def test_of_several_parts_the_usual_one_is_read_and_the_others_are_named(tmp_path):
     for name in ("train", "Training", "val", "test"):
         write_classes(tmp_path / name)

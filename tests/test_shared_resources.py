@@ -125,6 +125,8 @@ def test_a_rank_alone_in_the_environment_gets_one_line(monkeypatch, capsys):
         ("WORLD_SIZE", "", "RANK is set, but WORLD_SIZE not"),
         ("WORLD_SIZE", "two", "WORLD_SIZE is 'two', not a number"),
         ("MASTER_PORT", "abc", "MASTER_PORT is 'abc', not a number"),
+        ("LOCAL_RANK", "x", "LOCAL_RANK is 'x', not a number"),
+        ("LOCAL_WORLD_SIZE", "-1", "LOCAL_WORLD_SIZE is '-1', not a number"),
         ("RANK", "x", "RANK is 'x', not a number"),
         ("RANK", "1", "RANK is 1, but WORLD_SIZE is 1"),
     ],
@@ -150,6 +152,19 @@ def test_variables_of_a_launcher_mean_nothing_without_rank(monkeypatch, folder, 
     args = json.loads((tmp_path / "args.json").read_text())
     assert args["bn_splits"] == splits
     assert args["parts"][1]["changed"] == {"epochs": [1, 2]}
+
+
+@pytest.mark.parametrize("value", ["", "3", "x"])
+def test_local_rank_means_nothing_without_rank(monkeypatch, value):
+    """Containers and jobs may set it, too."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("RANK", "")
+    monkeypatch.setenv("LOCAL_RANK", value)
+    assert distributed.init_distributed() == "cuda"
+    assert taken == [0]
 
 
 def test_features_reach_the_disk_before_other_nodes_read_them(folder, tmp_path, monkeypatch):
