@@ -199,9 +199,10 @@ def concentration(distances, im2cluster, num_cluster, temperature, lengths=None)
     im2cluster: (M,) int, the cluster of each sample.
     lengths: (M,) Euclidean length of each sample, which limits the precision of its distance. None:
         the distances are exact.
-    A cluster of Z samples has phi = sum(distances) / (Z log(Z + 10)). A cluster that is a point
-    gets the largest phi of the others. Then phi is clipped to its 10th and 90th percentiles and
-    scaled to the mean `temperature`. If all clusters are points, all get the mean.
+    A cluster of Z samples has phi = sum(distances) / (Z log(Z + alpha)), with the published alpha
+    of 10. A cluster that is a point gets the largest phi of the others. Then phi is clipped to its
+    10th and 90th percentiles and scaled to the mean `temperature`. If all clusters are points, all
+    get the mean.
 
     A cluster is a point if its extent, the mean distance of its samples, is
     - that of one sample or of none,
@@ -209,8 +210,9 @@ def concentration(distances, im2cluster, num_cluster, temperature, lengths=None)
     - less than POINT of the usual extent, the 90th percentile over the other clusters.
     The last two are clusters of copies: burst photos, frames of a film, empty tiles. In float32
     their distances are 1e-7 to 1e-3, not 0. Such an extent says nothing about how far the next
-    image may lie from the prototype, just as one sample says nothing. Taken at face value it gives
-    a phi near 0, and ProtoNCE, which divides by phi, explodes.
+    image may lie from the prototype, just as one sample says nothing. At face value such a cluster
+    would count as the most concentrated. If more than a tenth of the clusters were like this, the
+    clip would leave them a phi near 0, and ProtoNCE, which divides by phi, would explode.
     """
     size = np.bincount(im2cluster, minlength=num_cluster)
     total = np.bincount(im2cluster, weights=distances, minlength=num_cluster)

@@ -83,6 +83,10 @@ def _choose_prototypes(target, num_cluster, num_negatives):
         bias: (S,) to add to the logits: -inf for entries of `chosen` that do not count, else 0. A
             repeated prototype does not count, nor does a negative beyond the first `num_negatives`.
         target: (N,) the position in `chosen` of each sample's prototype.
+
+    For example, with target [7, 2, 7] and two negatives, `chosen` begins with 7, 2, 7. The second 7
+    does not count: `bias` begins with 0, 0, -inf. Of the candidates after them, the first two that
+    are neither 7 nor 2 count. The new target is [0, 1, 0].
     """
     n = len(target)
     order = torch.arange(n, device=target.device)
