@@ -234,6 +234,8 @@ def test_a_network_that_cannot_be_recorded_gets_one_line(
 def test_more_processes_than_gpus_get_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    launch = {"RANK": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "29501"}
+    for name, value in {**launch, "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
     message = fails(capsys, lambda _: distributed.init_distributed())
     assert "process 2 of this machine sees 2 GPUs; start one process per GPU" in message
