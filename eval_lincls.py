@@ -29,6 +29,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -688,7 +689,8 @@ def extract_all(network, images, args, device):
 
 
 def make_loader(images, batch_size, sampler, workers):
-    """A DataLoader over the Images that `sampler` names."""
+    """A DataLoader over the Images that `sampler` names, with `workers` processes at most."""
+    workers = min(workers, math.ceil(len(sampler) / batch_size))  # starting one takes time
     return DataLoader(
         images,
         batch_size,

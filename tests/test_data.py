@@ -12,6 +12,8 @@ from conftest import TINY, assert_same_distribution, picture, run
 from torch.utils.data import DataLoader
 
 import data
+import eval_lincls
+import main_pcl
 from augment import RandomView
 from data import (
     DataError,
@@ -21,7 +23,6 @@ from data import (
     identity_collate,
     load_into_memory,
 )
-from main_pcl import make_loader
 from runtime.distributed import ignore_stop_signals
 
 
@@ -51,8 +52,10 @@ def test_a_folder_finds_files_of_any_name(tmp_path):
 def test_loaders_start_no_more_workers_than_they_have_batches(folder):
     args = Namespace(workers=2, device="cpu")
     images = build_datasets(str(folder)).plain
-    started = {n: make_loader(images, range(n), 4, args).num_workers for n in (0, 1, 4, 5, 24)}
-    assert started == {0: 0, 1: 1, 4: 1, 5: 2, 24: 2}
+    expected = {0: 0, 1: 1, 4: 1, 5: 2, 24: 2}  # {images: workers}
+    for n, workers in expected.items():
+        assert main_pcl.make_loader(images, range(n), 4, args).num_workers == workers
+        assert eval_lincls.make_loader(images, 4, range(n), 2).num_workers == workers
 
 
 def test_reading_an_image_leaves_the_random_numbers_of_the_caller(folder):
