@@ -900,12 +900,12 @@ def read_root(root, record):
     """
     branch = _scan(root, record)
     top = _unwrap(branch)
-    name = os.path.basename(os.path.abspath(root))  # also if it was given as "."
+    root_name = os.path.basename(os.path.abspath(root))  # also if it was given as "."
     train_names = sorted(filter(_is_train, top.children), key=_part_key)
     train_names.sort(key=lambda name: top.children[name].count == 0)  # empty ones last
     if train_names:
         train, val = _read_parts(top, train_names[0], record)
-    elif _is_train(name) or _is_held_out(name):  # `root` is one part of a larger folder
+    elif _is_train(root_name) or _is_held_out(root_name):  # one part of a larger folder
         top = branch
         train = _read_branch(top, 1, record)
         val = None
@@ -930,7 +930,7 @@ class Record:
 
     def __init__(self):
         self.suffixes = Counter()  # {suffix: number of files that are no images}
-        self.skipped = Counter()  # {what it is otherwise: number}
+        self.skipped = Counter()  # {what else was left out: number}
         self.folders = []  # in words
         self.notes = []
 
@@ -955,7 +955,8 @@ class Branch:
     """A folder and what is in it.
 
     path: text. `images`: names of the images in it, sorted. `children`: {name: Branch} of the
-    folders in it. `is_readable`: whether it is. `holds_run`: whether a run's folder was left out.
+    folders in it. `is_readable`: whether it could be listed itself. `holds_run`: whether it was a
+    run's folder, or had one directly in it, that was left out.
     """
 
     def __init__(self, path):

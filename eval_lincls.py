@@ -305,7 +305,7 @@ def check_outputs(args, paths):
             with tempfile.TemporaryFile(dir=file.parent):
                 pass
         except OSError as error:
-            cli.fail(cli.format_error(f"cannot write {file} ({error.strerror}); name another file"))
+            cli.fail(f"cannot write {file} ({error.strerror}); name another file")
 
 
 def belongs_to(file, path, args):
@@ -423,7 +423,7 @@ def read_arguments(loaded, path):
         try:
             stored[name] = cli.convert_stored(kind, value)
         except (argparse.ArgumentTypeError, ValueError) as error:
-            cli.fail(f"{path} is no checkpoint of a run: its {name} is {value!r} ({error})")
+            cli.fail(f"{path} is no checkpoint of a run: its {name} is {value!r:.80} ({error})")
     return stored
 
 

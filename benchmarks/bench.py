@@ -10,6 +10,7 @@ comparison runs both sides in turn and gives the median of the paired ratios, wi
 the highest. Images and features are made up, because only their sizes matter. Linux only.
 """
 
+import argparse
 import contextlib
 import csv
 import ctypes
@@ -787,12 +788,16 @@ def markdown(row):
 
 
 def main():
-    parser = cli.Parser(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument(
         "--draw", action="store_true", help="draw bench_growth.png from bench.csv, measure nothing"
     )
-    parser.add_argument("--repeats", type=cli.positive_int, default=5, help="pairs in a comparison")
+    parser.add_argument(
+        "--repeats", type=cli.positive_int, default=5, help="pairs in a comparison; default: 5"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -802,7 +807,7 @@ def main():
     )
     args = parser.parse_args()
     if args.draw and not (args.out / "bench.csv").exists():
-        cli.fail(f"there is no bench.csv in {args.out}")
+        parser.error(f"there is no bench.csv in {args.out}")
     if not args.draw:
         args.out.mkdir(parents=True, exist_ok=True)
         measure_all(quick_sections if args.quick else sections, args.repeats, args.out)

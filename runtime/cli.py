@@ -414,7 +414,7 @@ def fail_if_foreseeable(error, data_error, again):
 def stop_at_once(again):
     """End the program after Ctrl-C."""
     if is_first_rank() and not start.is_interrupted:  # else it has been said already
-        say("", sys.stderr)  # the terminal shows ^C in the line before
+        say("", sys.stderr)  # to end the line in which a terminal may show ^C
         say(f"{program_name()}: stopped by Ctrl-C; {again}", sys.stderr)
     raise SystemExit(130)
 

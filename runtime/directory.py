@@ -18,7 +18,7 @@ import faiss
 import filelock
 import torch
 
-from runtime.cli import DISK_IS_FULL, fail, program_name
+from runtime.cli import DISK_IS_FULL, fail, program_name, say
 from runtime.distributed import (
     RESTARTS,
     all_gather_objects,
@@ -256,7 +256,7 @@ def last_touch(path):
 def end_after_loss(_):
     """End the program at once, because another run has taken its directory over."""
     text = f"this process gave no sign of life for {LEASE} seconds; another run has its directory"
-    print(f"{program_name()}: error: {text}", file=sys.stderr, flush=True)
+    say(f"{program_name()}: error: {text}", sys.stderr)
     os._exit(1)
 
 

@@ -323,7 +323,7 @@ class StopSignals:
         save()
         barrier()  # torchrun kills the others soon after the first rank has left
         if get_rank_and_world()[0] == 0:
-            say("", sys.stderr)  # the terminal shows ^C in the line before
+            say("", sys.stderr)  # to end the line in which a terminal may show ^C
             say(
                 "stopped by a signal; the same command with --resume continues from here",
                 sys.stderr,

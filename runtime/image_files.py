@@ -48,8 +48,9 @@ def share_broken_images(directory, datasets, is_held=True):
 def renew_list(directory, datasets, is_new=False):
     """List the images that were found to be broken, on the first rank, if there are any.
 
-    is_new: whether the run begins here. A list is then that of a start that failed: without broken
-        images, it is removed.
+    A run calls this when it holds its directory, because it has read its images before that.
+    is_new: whether the run begins here. If so, a list that is there already is of a start that
+        failed. It is removed if no image is broken.
     """
     if get_rank_and_world()[0] > 0:
         return

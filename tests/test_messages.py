@@ -18,7 +18,7 @@ import main_pcl
 from data import DataError, Images
 from model import build_encoder
 from runtime import cli, image_files
-from runtime.directory import choose_directory
+from runtime.directory import choose_directory, end_after_loss
 
 
 # -- broken images ---------------------------------------------------------------------------------
@@ -257,3 +257,12 @@ def test_a_mistake_has_its_exit_status_if_nobody_reads_the_message(monkeypatch):
         with pytest.raises(SystemExit) as stop:
             main_pcl.main(["--epochs", "none"])
     assert stop.value.code == 2
+
+
+def test_a_run_that_loses_its_directory_ends_even_if_nobody_reads_why(monkeypatch):
+    statuses = []
+    with closed_pipe() as output, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", output)
+        patch.setattr(os, "_exit", statuses.append)
+        end_after_loss(None)
+    assert statuses == [1]
