@@ -1166,8 +1166,10 @@ def _read_branch(branch, fewest, record):
         return _unlabelled(branch)
 
     for _, child in sorted(branch.children.items()):
+        if fewest > 1 or child.count:
+            continue
         folders = child.with_folders()
-        if fewest == 1 and not child.count and not any(folder.holds_run for folder in folders):
+        if not any(folder.holds_run for folder in folders):
             advice = "remove it"
             if not all(folder.is_readable for folder in folders):
                 advice = "it, or a folder in it, cannot be read: look at their permissions"

@@ -198,8 +198,8 @@ def refuse_misfits(encoder, found, path, advice=""):
             shapes = [list(tensor.shape) for tensor in (found.state[name], own[name])]
             wrong.append(f"{shown} is {shapes[0]}, not {shapes[1]}")
     if wrong:
-        wrong = ", ".join(wrong[:3])
-        fail(f"{path} does not hold the weights of a {found.arch}: {wrong}{advice}")
+        problems = ", ".join(wrong[:3])
+        fail(f"{path} does not hold the weights of a {found.arch}: {problems}{advice}")
 
 
 def state_without_fc(encoder):
